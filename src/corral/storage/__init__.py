@@ -1,0 +1,1 @@
+"""The journal and its projections; SQL is written here and nowhere else."""

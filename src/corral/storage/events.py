@@ -1,0 +1,27 @@
+"""Appending typed events to the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from corral.protocol.events import EVENTS
+from corral.protocol.types import Approval, Wire
+from corral.storage.repositories import Transaction
+from corral.storage.rows import JournalEntry
+
+# The two events of an approval share a payload, so their names cannot follow from it.
+_NAMES = {payload: name for name, payload in EVENTS.items() if payload is not Approval}
+
+
+def append(tx: Transaction, tenant_id: str, payload: Wire, now_ms: int, *, event: str | None = None) -> JournalEntry:
+    """Journal one event; its session and run are fields of the payload, its name follows from its type.
+
+    `event` names it where the type alone does not (`approval.required`, `approval.resolved`).
+    """
+    fields: Any = payload
+    run_id: str | None = getattr(payload, "run_id", None)
+    name = event or _NAMES[type(payload)]
+    encoded = msgspec.json.encode(payload)
+    return tx.journal.append(tenant_id, fields.session_id, name, encoded, run_id=run_id, now_ms=now_ms)
