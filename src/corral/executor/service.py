@@ -1,0 +1,129 @@
+"""The tool executor: checks, one driver for each runtime mode, one error model, one result."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from corral.clock import Clock, SystemClock
+from corral.executor import catalogue
+from corral.executor.api import Call, CallContext, Failure, ToolOutcome, ToolSpec
+from corral.executor.catalogue import Arguments
+from corral.executor.http import Fetcher
+from corral.executor.local import LocalDriver
+from corral.executor.output import Result, bounded
+from corral.protocol.errors import CorralError, ErrorCode, SandboxUnavailable
+from corral.protocol.types import RuntimeMode
+
+log = logging.getLogger(__name__)
+
+_LARGE = 256 * 1024
+
+
+class Driver(Protocol):
+    """Runs calls in one runtime mode. `LocalDriver` says what each method does."""
+
+    async def ready(self, context: CallContext) -> None: ...
+
+    async def execute(self, args: Arguments, context: CallContext) -> Result: ...
+
+    def leftover(self, run_id: str) -> list[str]: ...
+
+    async def close(self) -> None: ...
+
+
+class Executor:
+    """The `ToolExecutor` of the gateway."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        data_dir: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        allowed_private: frozenset[tuple[str, int]] = frozenset(),
+        sandbox_path: str | None = None,
+    ) -> None:
+        """`data_dir` is Corral's own directory, which no tool sees even where it lies inside a session's
+        folder. `allowed_private` are (host, port) that http.request may reach although their addresses
+        are private: from server settings only. `sandbox_path` is where bubblewrap is looked for, like PATH.
+        """
+        self._clock = clock or SystemClock()
+        hidden = () if data_dir is None else (data_dir.resolve(),)
+        self._drivers: dict[RuntimeMode, Driver] = {
+            "local": LocalDriver(
+                environ=os.environ if environ is None else environ,
+                hidden=hidden,
+                fetcher=Fetcher(allowed_private=allowed_private),
+                sandbox_path=sandbox_path,
+            )
+        }
+
+    def specs(self) -> list[ToolSpec]:
+        return list(catalogue.SPECS)
+
+    def spec(self, tool_name: str) -> ToolSpec | None:
+        return catalogue.spec(tool_name)
+
+    def check(self, tool_name: str, args: dict[str, Any]) -> str | None:
+        return catalogue.problem(tool_name, args)
+
+    async def ready(self, context: CallContext) -> None:
+        await self._driver(context).ready(context)
+
+    async def execute(self, call: Call, context: CallContext) -> ToolOutcome:
+        begin = self._clock.monotonic()
+        result = await self._run(call, context)
+        if len(result.text) > _LARGE:
+            output, truncated, full = await asyncio.to_thread(bounded, result.text)
+        else:
+            output, truncated, full = bounded(result.text)
+        return ToolOutcome(
+            status="failed" if result.failure else "success",
+            output=output,
+            duration_ms=max(0, round((self._clock.monotonic() - begin) * 1000)),
+            error=result.failure,
+            truncated=truncated,
+            full=full,
+        )
+
+    def leftover(self, run_id: str) -> list[str]:
+        return [entry for driver in self._drivers.values() for entry in driver.leftover(run_id)]
+
+    async def close(self) -> None:
+        for driver in self._drivers.values():
+            await driver.close()
+
+    def _driver(self, context: CallContext) -> Driver:
+        """The driver of the run's mode, and never another's: a call that has none does not run."""
+        driver = self._drivers.get(context.runtime_mode)
+        if driver is None:
+            raise SandboxUnavailable(
+                f"no sandbox host for runtime mode `{context.runtime_mode}` is set up here; nothing was run. "
+                "Switch the session to runtime mode `local` to run on this machine"
+            )
+        return driver
+
+    async def _run(self, call: Call, context: CallContext) -> Result:
+        """The call's result; the one place where a tool's exception becomes an error of the protocol."""
+        try:
+            args = catalogue.parse(call.tool_name, call.args)
+        except KeyError:
+            return _failed(ErrorCode.TOOL_EXEC_FAILED, f"there is no tool {call.tool_name[:128]!r}")
+        except ValueError as error:
+            return _failed(ErrorCode.TOOL_EXEC_FAILED, str(error))
+        try:
+            return await self._driver(context).execute(args, context)
+        except CorralError as error:
+            return _failed(error.code, error.message)
+        except Exception:
+            log.exception("tool %s failed", call.tool_name, extra={"action": "tool.error", "tool_call_id": call.id})
+            return _failed(ErrorCode.INTERNAL_ERROR, "the tool failed inside the server; its log says why")
+
+
+def _failed(code: ErrorCode, message: str) -> Result:
+    return Result(text=f"{message}\n", failure=Failure(code=code, message=message))
