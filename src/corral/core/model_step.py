@@ -1,0 +1,309 @@
+"""The first half of a step: ask the model, journal its message with the decisions on its calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from msgspec import Struct, structs
+
+from corral.bus.api import Delta
+from corral.core.calls import (
+    CANNOT_RUN,
+    Candidate,
+    broken,
+    call_event,
+    candidate,
+    refused,
+    result_message,
+    tool_run_row,
+)
+from corral.core.context import budget, fit
+from corral.core.ending import completed, end_run, record_result
+from corral.core.judge import binding_of, question
+from corral.core.limits import Limits, call_of, limits_of
+from corral.core.state import Deps, Fence, Loaded, policy_of
+from corral.executor.api import CallContext, ToolOutcome
+from corral.governance.budgets import day_of, reserve, settle
+from corral.governance.facts import CallFacts
+from corral.governance.policy import EffectivePolicy, Verdict
+from corral.models.api import (
+    AssistantMessage,
+    Finished,
+    ModelRequest,
+    Restarted,
+    TextDelta,
+    ToolDefinition,
+    ToolMessage,
+)
+from corral.protocol.errors import InternalError, PolicyDenied
+from corral.protocol.events import AgentMessage
+from corral.protocol.methods import AgentAbortResult
+from corral.protocol.types import Usage
+from corral.storage.events import append
+from corral.storage.repositories import Transaction
+from corral.storage.rows import ApprovalRow, MessageRow, RunRow, ToolRunRow
+
+DEFAULT_PROMPT = (
+    "You are an agent that works on a person's machine through tools. Tools run in the session's folder; "
+    "relative paths are relative to it. Every call is judged by a policy and may be denied: then say so and "
+    "do not try to get around it. Look before you change things, and say plainly what you did and what failed."
+)
+
+
+class _Journalled(Struct, kw_only=True):
+    """What the commit of a message came to; `answer` is set if it ended the run."""
+
+    version: int
+    open_calls: list[ToolRunRow]
+    approvals: dict[str, ApprovalRow]
+    results: list[ToolMessage]
+    answer: AgentAbortResult | None
+
+
+class ModelStep:
+    """Asks the models of one run."""
+
+    def __init__(self, deps: Deps, fence: Fence, on_end: Callable[[AgentAbortResult], None]) -> None:
+        self._deps = deps
+        self._fence = fence
+        self._on_end = on_end
+
+    async def take(self, state: Loaded, context: CallContext) -> bool:
+        """One model message, streamed and journalled; without tool calls it ends the run. Says whether it did."""
+        day = day_of(self._deps.clock.now_ms())
+        finished, message_id = await self._ask(state, day)
+        return await self._journal(state, context, finished, message_id, day)
+
+    # ---- asking
+
+    async def _ask(self, state: Loaded, day: int) -> tuple[Finished, str]:
+        """The message. Its text goes to the bus as it comes, under a message id of its own."""
+        if state.run.steps > 0:
+            state.policy = await self._deps.store.read(lambda tx: policy_of(tx, state.run))
+        limits = limits_of(state.run, state.policy, self._deps.options.run_timeout_ms)
+        chain = self._chain(state, limits)
+        limits.check_step(state.run)
+        request = self._request(state, chain[0])
+        request.max_output_tokens = limits.output_tokens(state.run, request, self._deps.models.info(chain[0]))
+        if state.policy.day_limits():
+            call = call_of(request, chain, self._deps.models)
+            request.max_output_tokens = await self._fence.commit(
+                lambda tx: reserve(tx, state.run, state.policy, call, day)
+            )
+        message_id, offset = self._deps.ids.new("m"), 0
+        async with aclosing(self._deps.models.stream(request, chain)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    self._publish(state, message_id, offset, event.text)
+                    offset += len(event.text)
+                elif isinstance(event, Restarted):
+                    message_id, offset = self._deps.ids.new("m"), 0
+                else:
+                    return event, message_id
+        raise InternalError("the model's answer ended without an end")
+
+    def _chain(self, state: Loaded, limits: Limits) -> list[str]:
+        fallbacks = state.policy.fallback_models
+        wanted = [state.run.model, *(self._deps.options.fallbacks if fallbacks is None else fallbacks)]
+        models = [model for model in dict.fromkeys(wanted) if state.policy.allows_model(model)]
+        if not models:
+            raise PolicyDenied(f"policy does not allow the model {state.run.model}")
+        return limits.affordable(models, self._deps.models)
+
+    def _request(self, state: Loaded, model: str) -> ModelRequest:
+        allowed = _tools_of(state)
+        tools = [
+            ToolDefinition(name=spec.name, description=spec.description, parameters=spec.parameters)
+            for spec in self._deps.executor.specs()
+            if allowed is None or spec.name in allowed
+        ]
+        system = (state.agent.system_prompt if state.agent is not None else "") or DEFAULT_PROMPT
+        room = budget(self._deps.models.info(model).context_window, system, tools)
+        return ModelRequest(system=system, messages=fit(state.messages, room), tools=tools)
+
+    def _publish(self, state: Loaded, message_id: str, offset: int, text: str) -> None:
+        self._deps.bus.publish_delta(
+            Delta(
+                tenant_id=state.run.tenant_id,
+                workspace_id=state.run.workspace_id,
+                session_id=state.session.id,
+                run_id=state.run.id,
+                message_id=message_id,
+                offset=offset,
+                text=text,
+                version=state.session.state_version,
+            )
+        )
+
+    # ---- journalling
+
+    async def _journal(
+        self, state: Loaded, context: CallContext, finished: Finished, message_id: str, day: int
+    ) -> bool:
+        # A provider's ids may be missing or used before; ours are made here.
+        calls = [structs.replace(call, id=self._deps.ids.new("tc")) for call in finished.message.tool_calls]
+        message = structs.replace(finished.message, tool_calls=calls)
+        run = _counted(state.run, finished)
+        candidates = [candidate(call, self._deps.executor, _tools_of(state)) for call in calls]
+        # Links are resolved for the facts, which may take a disk.
+        questions = await asyncio.to_thread(self._questions, candidates, context, run) if calls else []
+        now = self._deps.clock.now_ms()
+        window = self._deps.models.info(finished.model).context_window
+        used = min(1.0, (finished.usage.input_tokens + finished.usage.output_tokens) / window)
+
+        def unit(tx: Transaction) -> _Journalled:
+            entry = append(tx, run.tenant_id, _message_event(run, message_id, message.text, finished), now)
+            tx.messages.insert(_transcript_row(run, entry.version, message, now))
+            tx.sessions.update(run.tenant_id, run.session_id, context_usage=used)
+            tx.runs.update(run.tenant_id, run.id, **_counts(run))
+            settle(tx, run, day, finished.usage.input_tokens + finished.usage.output_tokens, finished.usage.cost_usd)
+            policy = policy_of(tx, run)
+            rulings = [
+                self._rule(tx, run, context, policy, each, asked)
+                for each, asked in zip(candidates, questions, strict=True)
+            ]
+            done = self._journal_calls(tx, run, rulings, now)
+            done.version = entry.version
+            if not calls:
+                done.answer = end_run(tx, self._deps, run, completed(message.text), now)
+            return done
+
+        def told(done: _Journalled) -> None:
+            if done.answer is not None:
+                self._on_end(done.answer)
+
+        done = await self._fence.commit(unit, told)
+        state.run = run
+        state.session.state_version = done.version
+        state.messages += [message, *done.results]
+        state.open_calls, state.approvals = done.open_calls, done.approvals
+        return done.answer is not None
+
+    def _questions(self, candidates: Sequence[Candidate], context: CallContext, run: RunRow) -> list[CallFacts | None]:
+        return [
+            question(context, run, each.call.name, each.spec.risk, each.call.args)
+            if each.problem is None and each.spec is not None and each.call.args is not None
+            else None
+            for each in candidates
+        ]
+
+    def _rule(
+        self,
+        tx: Transaction,
+        run: RunRow,
+        context: CallContext,
+        policy: EffectivePolicy,
+        each: Candidate,
+        asked: CallFacts | None,
+    ) -> _Ruling:
+        """The decision on one call: what policy says, and where that asks for a person, what a grant says."""
+        if asked is None or each.spec is None:
+            return _Ruling(each=each, verdict=CANNOT_RUN, refusal=broken(each.problem or "there is no such tool"))
+        verdict = policy.decide(asked)
+        if verdict.decision == "deny":
+            return _Ruling(each=each, verdict=verdict, refusal=refused(asked.tool, verdict.reason))
+        if verdict.decision == "allow":
+            return _Ruling(each=each, verdict=verdict)
+        binding = binding_of(each.spec, asked.args or {}, context, policy)
+        grant = self._deps.approvals.granted(tx, run, asked.tool, binding, self._deps.clock.now_ms())
+        if grant is not None:
+            verdict = structs.replace(verdict, decision="allow", reason=f"grant {grant.id}: {grant.matcher}"[:500])
+        return _Ruling(each=each, verdict=verdict, binding=binding)
+
+    def _journal_calls(self, tx: Transaction, run: RunRow, rulings: Sequence[_Ruling], now: int) -> _Journalled:
+        """Journal every decision, then the questions to people, then the results of what will not run."""
+        done = _Journalled(version=0, open_calls=[], approvals={}, results=[], answer=None)
+        rows = [tool_run_row(run, position, each.each, each.verdict, now) for position, each in enumerate(rulings)]
+        for row, ruling in zip(rows, rulings, strict=True):
+            append(tx, run.tenant_id, call_event(row), now)
+            tx.tool_runs.insert(row)
+            self._deps.audit.record(
+                tx,
+                tenant_id=run.tenant_id,
+                action="tool.call",
+                actor=run.actor,
+                actor_type="user",
+                resource_type="tool",
+                resource_id=row.id,
+                outcome="denied" if row.decision == "deny" else "ok",
+                metadata={
+                    "toolName": row.tool_name,
+                    **self._deps.audit.about_call(row.args, row.args_hash),
+                    "decision": row.decision,
+                    "reason": row.reason,
+                    "ruleId": row.rule_id,
+                    "layer": ruling.verdict.layer,
+                },
+                trace_id=run.trace_id,
+                session_id=run.session_id,
+                run_id=run.id,
+            )
+            if row.decision == "approval-required":
+                done.approvals[row.id] = self._deps.approvals.require(tx, run, row, ruling.binding, now)
+        for row, ruling in zip(rows, rulings, strict=True):
+            if ruling.refusal is None:
+                done.open_calls.append(row)
+            else:
+                record_result(tx, self._deps.audit, run, row, ruling.refusal, now)
+                done.results.append(result_message(row, ruling.refusal))
+        return done
+
+
+class _Ruling(Struct, kw_only=True, frozen=True):
+    """A call with the decision on it. `refusal` is its outcome where it will not run."""
+
+    each: Candidate
+    verdict: Verdict
+    binding: str = ""
+    refusal: ToolOutcome | None = None
+
+
+def _tools_of(state: Loaded) -> list[str] | None:
+    return state.agent.tools if state.agent is not None else None
+
+
+def _message_event(run: RunRow, message_id: str, text: str, finished: Finished) -> AgentMessage:
+    usage = finished.usage
+    return AgentMessage(
+        session_id=run.session_id,
+        run_id=run.id,
+        message_id=message_id,
+        role="assistant",
+        text=text,
+        usage=Usage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, cost_usd=usage.cost_usd),
+    )
+
+
+def _transcript_row(run: RunRow, version: int, message: AssistantMessage, now_ms: int) -> MessageRow:
+    return MessageRow(
+        tenant_id=run.tenant_id,
+        session_id=run.session_id,
+        version=version,
+        run_id=run.id,
+        role="assistant",
+        content=message,
+        created_at=now_ms,
+    )
+
+
+def _counted(run: RunRow, finished: Finished) -> RunRow:
+    """The run with one more step and what it cost. A step without a known price leaves the cost unknown."""
+    usage = finished.usage
+    cost = None if run.cost_usd is None or usage.cost_usd is None else run.cost_usd + usage.cost_usd
+    return structs.replace(
+        run,
+        model=finished.model,
+        steps=run.steps + 1,
+        input_tokens=run.input_tokens + usage.input_tokens,
+        output_tokens=run.output_tokens + usage.output_tokens,
+        cost_usd=cost,
+        stalls=0,
+    )
+
+
+def _counts(run: RunRow) -> dict[str, Any]:
+    names = ("model", "steps", "input_tokens", "output_tokens", "cost_usd", "stalls")
+    return {name: getattr(run, name) for name in names}

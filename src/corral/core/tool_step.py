@@ -1,0 +1,183 @@
+"""The second half of a step: run the calls that may run, journal each result, wait for people."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from corral.core.calls import changed_since, interrupted, not_approved, refused, result_message
+from corral.core.ending import record_result
+from corral.core.judge import args_hash, binding_of, current, question
+from corral.core.state import Deps, Fence, LeaseLost, Loaded, open_calls_of, policy_of
+from corral.executor.api import Call, CallContext, ToolOutcome
+from corral.governance.policy import EffectivePolicy
+from corral.models.api import AssistantMessage
+from corral.protocol.types import ApprovalStatus, RunStatus, SessionStatus
+from corral.storage.repositories import Transaction
+from corral.storage.rows import ApprovalRow, ToolRunRow
+
+
+class Cleared(Struct, kw_only=True, frozen=True):
+    """A call that may start, under this policy."""
+
+    policy: EffectivePolicy
+
+
+class ToolStep:
+    """Runs the calls of one run's last message."""
+
+    def __init__(self, deps: Deps, fence: Fence) -> None:
+        self._deps = deps
+        self._fence = fence
+        self.running = 0
+
+    async def take(self, state: Loaded, context: CallContext, *, fresh: bool) -> bool:
+        """Run the next of the open calls that need not wait; the ones before them have been run.
+
+        A row of repeatable calls runs together, any other alone. What waits for a person holds
+        nothing else up. Where nothing is left to do but wait, the run is parked. Says whether it is.
+        `fresh` says that the decisions were made a moment ago by this process.
+        """
+        ready = [call for call in state.open_calls if not _waits(state.approvals.get(call.id))]
+        if not ready:
+            return await self._park(state)
+        group = ready[:1]
+        if ready[0].repeatable:
+            group = ready[: next((index for index, call in enumerate(ready) if not call.repeatable), len(ready))]
+            if not (fresh and ready[0].position == 0 and all(call.decision == "allow" for call in group)):
+                group = await self._cleared_of(state, context, group)
+            await self._run_together(state, context, group)
+            return False
+        call = group[0]
+        cleared = await self._fence.commit(self._unit_of_start(state, context, call))
+        if isinstance(cleared, ToolOutcome):
+            await self._record(state, call, cleared)
+        else:
+            # The policy that let the call start is also the one that says how it runs.
+            await self._run_call(state, current(context, cleared.policy), call)
+        return False
+
+    # ---- may it start
+
+    def _clear(self, tx: Transaction, state: Loaded, context: CallContext, call: ToolRunRow) -> Cleared | ToolOutcome:
+        """What the decision on a call, the approval, and policy as it is now say together."""
+        row = tx.tool_runs.get(call.tenant_id, call.id)
+        if row is None or row.state == "finished":
+            raise LeaseLost
+        if row.state == "started":
+            # Started by a process that died: what came of it is unknown, and it is never started again.
+            return interrupted(row)
+        spec = self._deps.executor.spec(row.tool_name)
+        if spec is None or row.args_hash != args_hash(row.tool_name, call.args):
+            return changed_since()
+        policy = policy_of(tx, state.run)
+        verdict = policy.decide(question(context, state.run, row.tool_name, spec.risk, row.args))
+        if verdict.decision == "deny":
+            return refused(row.tool_name, verdict.reason)
+        if row.decision == "approval-required":
+            approval = tx.approvals.get(row.tenant_id, state.approvals[row.id].id)
+            if approval is None or approval.status != ApprovalStatus.APPROVED:
+                return not_approved(approval or state.approvals[row.id])
+            if approval.binding != binding_of(spec, row.args, context, policy) or approval.args_hash != row.args_hash:
+                return changed_since()
+        elif row.decision != "allow":
+            return refused(row.tool_name, row.reason or "it was denied")
+        elif verdict.decision != "allow" and not self._still_granted(tx, state, context, row, policy):
+            return refused(row.tool_name, f"policy has changed since the decision: {verdict.reason}")
+        return Cleared(policy=policy)
+
+    def _still_granted(
+        self, tx: Transaction, state: Loaded, context: CallContext, row: ToolRunRow, policy: EffectivePolicy
+    ) -> bool:
+        """Whether a grant covers a call that policy alone would ask a person for."""
+        spec = self._deps.executor.spec(row.tool_name)
+        if spec is None:
+            return False
+        run, now = state.run, self._deps.clock.now_ms()
+        binding = binding_of(spec, row.args, context, policy)
+        return tx.grants.find(run.tenant_id, run.workspace_id, run.session_id, row.tool_name, binding, now) is not None
+
+    def _unit_of_start(self, state: Loaded, context: CallContext, call: ToolRunRow):  # type: ignore[no-untyped-def]
+        now = self._deps.clock.now_ms()
+
+        def unit(tx: Transaction) -> Cleared | ToolOutcome:
+            """Record that the call starts now; committed before the tool runs."""
+            cleared = self._clear(tx, state, context, call)
+            if isinstance(cleared, Cleared):
+                tx.tool_runs.update(call.tenant_id, call.id, state="started", started_at=now)
+            return cleared
+
+        return unit
+
+    async def _cleared_of(self, state: Loaded, context: CallContext, group: Sequence[ToolRunRow]) -> list[ToolRunRow]:
+        """Those of some repeatable calls that may start; the others get their results."""
+        verdicts = await self._deps.store.read(lambda tx: [self._clear(tx, state, context, call) for call in group])
+        for call, cleared in zip(group, verdicts, strict=True):
+            if isinstance(cleared, ToolOutcome):
+                await self._record(state, call, cleared)
+        return [call for call, cleared in zip(group, verdicts, strict=True) if isinstance(cleared, Cleared)]
+
+    # ---- running
+
+    async def _run_together(self, state: Loaded, context: CallContext, group: Sequence[ToolRunRow]) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for call in group:
+                    tasks.create_task(self._run_call(state, context, call))
+        except BaseExceptionGroup as errors:
+            # All of a group fail for one reason (the lease, the store); the first tells it.
+            raise errors.exceptions[0] from errors
+
+    async def _run_call(self, state: Loaded, context: CallContext, row: ToolRunRow) -> None:
+        self.running += 1
+        try:
+            call = Call(id=row.id, tool_name=row.tool_name, args=row.args)
+            outcome = await self._deps.executor.execute(call, context)
+            await self._record(state, row, outcome)
+        finally:
+            self.running -= 1
+
+    async def _record(self, state: Loaded, row: ToolRunRow, outcome: ToolOutcome) -> None:
+        now = self._deps.clock.now_ms()
+        edited = _edited(state, row)
+        await self._fence.commit(
+            lambda tx: record_result(tx, self._deps.audit, state.run, row, outcome, now, edited=edited)
+        )
+        state.messages.append(result_message(row, outcome, edited=edited))
+        state.open_calls = [call for call in state.open_calls if call.id != row.id]
+
+    # ---- waiting
+
+    async def _park(self, state: Loaded) -> bool:
+        """Leave the run waiting for people, owned by nobody; unless one of them has decided meanwhile."""
+        now = self._deps.clock.now_ms()
+
+        def unit(tx: Transaction) -> tuple[list[ToolRunRow], dict[str, ApprovalRow]] | None:
+            calls, approvals = open_calls_of(tx, state.run)
+            if any(not _waits(approvals.get(call.id)) for call in calls):
+                return calls, approvals
+            run = state.run
+            waiting = str(RunStatus.WAITING_APPROVAL)
+            tx.runs.update(run.tenant_id, run.id, status=waiting, waiting_since=now, lease_expires_at=None)
+            tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.WAITING_APPROVAL))
+            return None
+
+        decided = await self._fence.commit(unit)
+        if decided is None:
+            return True
+        state.open_calls, state.approvals = decided
+        return False
+
+
+def _waits(approval: ApprovalRow | None) -> bool:
+    return approval is not None and approval.status == ApprovalStatus.PENDING
+
+
+def _edited(state: Loaded, row: ToolRunRow) -> bool:
+    """Whether a person changed the arguments that the model sent."""
+    for message in reversed(state.messages):
+        if isinstance(message, AssistantMessage):
+            return any(call.id == row.id and (call.args or {}) != row.args for call in message.tool_calls)
+    return False
