@@ -1,0 +1,322 @@
+"""The whole house put together: from settings to a server that listens, and back to nothing.
+
+`serve` is what `corral serve` runs; `Server` is the same for those who bring their own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+
+from corral.bus.local import LocalBus
+from corral.clock import Clock, SystemClock
+from corral.config import (
+    ModelSettings,
+    Settings,
+    ensure_token,
+    ensure_token_key,
+    remove_endpoint,
+    write_endpoint,
+)
+from corral.core.agents import AgentMethods, ensure_agents
+from corral.core.judge import Rejudge, four_eyes
+from corral.core.service import CoreService
+from corral.core.sessions import SessionMethods
+from corral.core.state import Deps, RunOptions, folder_of
+from corral.executor.service import Executor
+from corral.gateway.app import Gateway
+from corral.gateway.dispatch import Effect, MethodTables
+from corral.gateway.options import GatewayOptions
+from corral.governance.approvals import Approvals
+from corral.governance.audit import Audit, AuditMethods
+from corral.governance.idempotency import Idempotency
+from corral.governance.keeper import AuditKeeper
+from corral.governance.metrics import MetricsMethods
+from corral.governance.policy import PolicyMethods, ensure_policies
+from corral.governance.retention import Retention
+from corral.governance.tokens import TokenMethods
+from corral.governance.welcome import Welcome
+from corral.ids import Ids
+from corral.models.api import ModelInfo
+from corral.models.http import Timeouts
+from corral.models.router import ModelRouter
+from corral.storage.lock import DataDirLock
+from corral.storage.repositories import Transaction
+from corral.storage.rows import TokenRow
+from corral.storage.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
+
+TENANT, WORKSPACE, OWNER, OWNER_TOKEN = "t_default", "w_default", "u_owner", "tok_owner"
+"""What the first start makes. The token's row names the others; nothing falls back to them."""
+
+_DRAIN_GRACE_S = 4.0
+_PURGE_INTERVAL_S = 600.0
+
+
+class Server:
+    """A gateway with everything behind it, in this process. Use as an async context manager.
+
+    Entering raises DataDirLocked if another process has the data directory, OSError if the
+    address cannot be had, and StoreUnavailable if the store cannot be opened.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        options: GatewayOptions | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.url = ""
+        self._clock = clock or SystemClock()
+        self._options = options or GatewayOptions()
+        self._environ = dict(os.environ) if environ is None else environ
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Server:
+        settings = self.settings
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = DataDirLock(settings.data_dir)
+        try:
+            await self._start()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    async def _start(self) -> None:
+        settings, clock = self.settings, self._clock
+        token = ensure_token(settings)
+        self.store = await SqliteStore.open(settings.data_dir / "corral.db", clock)
+        try:
+            self._cursor_key = await self.store.write(lambda tx: _first_rows(tx, settings, token, clock.now_ms()))
+            self._assemble()
+            host, port = await self.gateway.start(settings.host, settings.port)
+        except BaseException:
+            await self.store.close()
+            raise
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{port}"
+        write_endpoint(settings.data_dir, self.url)
+        self._tasks = [
+            asyncio.create_task(self._recover(), name="recover"),
+            asyncio.create_task(self.core.keep_leases(), name="leases"),
+            asyncio.create_task(self.approvals.keep_time(self.store), name="approvals"),
+            asyncio.create_task(self.keeper.run(), name="audit"),
+            asyncio.create_task(self._keep_house(), name="housekeeping"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(_report)
+
+    def _assemble(self) -> None:
+        settings, clock = self.settings, self._clock
+        ids = Ids(clock)
+        roots = [root.resolve() for root in settings.roots]
+        self.bus = LocalBus()
+        self.store.add_listener(self.bus.publish)
+        self.models = ModelRouter(
+            self._environ,
+            known={name: _known(name, model) for name, model in settings.models.items()},
+            timeouts=Timeouts(total=settings.model_timeout_ms / 1000),
+            clock=clock,
+            ids=ids,
+        )
+        self.executor = Executor(clock=clock, data_dir=settings.data_dir, environ=self._environ)
+        audit = Audit(clock, secrets=self._secrets())
+        self.keeper = AuditKeeper(self.store, clock, audit, settings.data_dir)
+        options = RunOptions(
+            data_dir=settings.data_dir,
+            roots=roots,
+            model=settings.model,
+            fallbacks=settings.fallbacks,
+            tool_timeout_ms=settings.tool_timeout_ms,
+            run_timeout_ms=settings.run_timeout_ms,
+        )
+        self.approvals = Approvals(
+            clock,
+            ids,
+            audit,
+            ttl_ms=settings.approval_ttl_ms,
+            rejudge=Rejudge(self.executor, options),
+            four_eyes=four_eyes,
+        )
+        deps = Deps(
+            store=self.store,
+            bus=self.bus,
+            models=self.models,
+            executor=self.executor,
+            approvals=self.approvals,
+            audit=audit,
+            clock=clock,
+            ids=ids,
+            options=options,
+        )
+        sessions = SessionMethods(clock, ids, audit, roots)
+        self.core = CoreService(deps, sessions, owner=ids.new("node"), max_active=settings.max_active_runs)
+        self.gateway = Gateway(
+            settings=settings,
+            options=self._options,
+            store=self.store,
+            bus=self.bus,
+            core=self.core,
+            idempotency=Idempotency(self.store, clock),
+            welcome=Welcome(self.store, audit, self.approvals),
+            cursor_key=self._cursor_key,
+            clock=clock,
+            ids=ids,
+            methods=self._methods(deps, sessions),
+        )
+
+    def _methods(self, deps: Deps, sessions: SessionMethods) -> MethodTables:
+        """Which function answers which method; those that are not here are the gateway's own."""
+        clock, audit = deps.clock, deps.audit
+        agents = AgentMethods(clock, audit)
+        policies = PolicyMethods(clock, audit, partial(folder_of, deps.options))
+        tokens = TokenMethods(clock, deps.ids, audit, ensure_token_key(self.settings.data_dir))
+        records = AuditMethods(audit, self.keeper)
+        return MethodTables(
+            reads={
+                "runs.get": sessions.run,
+                "sessions.get": sessions.get,
+                "sessions.list": sessions.list,
+                "sessions.history": sessions.history,
+                "tools.output": sessions.tool_output,
+                "agents.list": agents.list,
+                "policy.get": policies.get,
+                "policy.explain": policies.explain,
+                "audit.query": records.query,
+                "approval.queue": self.approvals.queue,
+                "grants.list": self.approvals.grants,
+                "metrics.summary": MetricsMethods(clock).summary,
+                "tokens.list": tokens.list,
+            },
+            writes={
+                "sessions.create": sessions.create,
+                "sessions.update": sessions.update,
+                "sessions.delete": sessions.delete,
+                "runtime.setMode": sessions.set_mode,
+                "agents.upsert": agents.upsert,
+                "policy.update": policies.update,
+                "approval.resolve": self.approvals.resolve,
+                "grants.revoke": self.approvals.revoke,
+                "tokens.create": Effect(function=tokens.create, finish=tokens.with_text),
+                "tokens.revoke": Effect(function=tokens.revoke, committed=lambda: self.gateway.tokens_changed()),
+            },
+            others={"audit.verify": lambda caller, _params: records.verify(caller)},
+        )
+
+    async def _recover(self) -> None:
+        count = await self.core.recover()
+        if count:
+            log.info("runs taken up again: %d", count, extra={"action": "recovery.done", "count": count})
+
+    async def _keep_house(self) -> None:
+        """Look the database over if the last process did not close it, and let go of what has had its time."""
+        if not self.store.clean_start:
+            for problem in await self.store.quick_check():
+                log.error("the database is damaged: %s", problem, extra={"action": "store.damaged"})
+        retention = Retention(
+            self.store,
+            self._clock,
+            self.keeper,
+            audit_keep_days=self.settings.audit_keep_days,
+            tool_output_keep_days=self.settings.tool_output_keep_days,
+        )
+        while True:
+            await retention.purge()
+            await asyncio.sleep(_PURGE_INTERVAL_S)
+
+    def _secrets(self) -> list[str]:
+        """What no record may hold: the access token, and whatever looks like a provider's key."""
+        named = [value for name, value in self._environ.items() if name.endswith(("_API_KEY", "_TOKEN", "_SECRET"))]
+        return [ensure_token(self.settings), *named]
+
+    async def drain(self) -> None:
+        """Refuse new runs, leave the live ones resumable, close the sockets with 1012."""
+        self.core.draining = True
+        await asyncio.gather(self.core.drain(_DRAIN_GRACE_S), self.gateway.drain())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.drain()
+            await self.gateway.close()
+            await self.models.close()
+            await self.executor.close()
+            await self.keeper.close()
+            await self.store.close()
+        finally:
+            remove_endpoint(self.settings.data_dir)
+            self._lock.release()
+
+
+async def serve(settings: Settings, *, on_listening: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return. Raises what entering `Server` raises."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with Server(settings) as server:
+        if on_listening is not None:
+            on_listening(server.url)
+        await stop.wait()
+        log.info("draining", extra={"action": "server.drain"})
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A helper task that died is noticed at once, not when the server stops."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a helper task died: %s", task.get_name(), exc_info=error, extra={"action": "task.died"})
+
+
+def _first_rows(tx: Transaction, settings: Settings, token: str, now_ms: int) -> bytes:
+    """The tenant, its owner's token, its agents; on later starts the token and agents of the settings.
+
+    Returns the store's own secret that hides what is in feed cursors.
+    """
+    tx.tenants.ensure(TENANT, WORKSPACE, OWNER, now_ms=now_ms)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    standing = tx.tokens.get(TENANT, OWNER_TOKEN)
+    if standing is None or standing.token_hash != digest:
+        tx.tokens.upsert(
+            TokenRow(
+                tenant_id=TENANT,
+                id=OWNER_TOKEN,
+                token_hash=digest,
+                subject=OWNER,
+                user_id=OWNER,
+                display_name="Owner",
+                workspace_ids=[WORKSPACE],
+                roles=["owner"],
+                created_at=now_ms,
+            )
+        )
+    ensure_agents(tx, TENANT, WORKSPACE, settings.agents, now_ms)
+    ensure_policies(tx, TENANT, WORKSPACE, now_ms)
+    secret = tx.meta.get("cursor_key")
+    if secret is None:
+        secret = os.urandom(32).hex()
+        tx.meta.set("cursor_key", secret)
+    return bytes.fromhex(secret)
+
+
+def _known(name: str, model: ModelSettings) -> ModelInfo:
+    return ModelInfo(
+        model=name,
+        context_window=model.context_window or 128_000,
+        input_usd_per_million=model.input_usd_per_million,
+        output_usd_per_million=model.output_usd_per_million,
+    )
