@@ -1,0 +1,57 @@
+"""How a command speaks to its gateway, and how what the gateway refuses reads at a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from corral.cli import FAILED, NO_GATEWAY, REFUSED, USAGE, CliError
+from corral.cli.common import settings_from
+from corral.cli.find import find_gateway, load_client, no_gateway
+from corral.protocol.errors import CorralError, ErrorCode
+
+if TYPE_CHECKING:
+    from corral.client import Corral
+
+T = TypeVar("T")
+
+RECONNECT_FOR = 15.0
+POLICY_CODES = frozenset({ErrorCode.POLICY_DENIED, ErrorCode.APPROVAL_REQUIRED, ErrorCode.FORBIDDEN})
+
+
+def ask(options: Mapping[str, Any], work: Callable[[Corral], Awaitable[T]]) -> T:
+    """Carry out `work` with a client of the gateway that `options` (`url`, `data_dir`) mean.
+
+    Raises CliError: for a gateway that is not to be had, and for what it refuses.
+    """
+    settings = settings_from({"data_dir": options["data_dir"]})
+    address = find_gateway(options["url"], settings)
+    client = load_client(address()[0])
+
+    async def go() -> T:
+        url, token = address()
+        async with client.Corral(url, token, address=address, reconnect_for=RECONNECT_FOR, name="corral-cli") as corral:
+            return await work(corral)
+
+    try:
+        return asyncio.run(go())
+    except client.GatewayUnreachable as error:
+        raise no_gateway(str(error), settings) from None
+    except CorralError as error:
+        raise refusal(error) from None
+
+
+def refusal(error: CorralError) -> CliError:
+    """What the gateway refused, with what may be done about it."""
+    if error.code is ErrorCode.UNAUTHORIZED:
+        return CliError(error.message, "set CORRAL_TOKEN to what `corral token` prints there", code=NO_GATEWAY)
+    if error.code in POLICY_CODES:
+        return CliError(f"{error.code}: {error.message}", code=REFUSED)
+    remedy = ""
+    if error.code is ErrorCode.SESSION_BUSY:
+        remedy = "wait for its run to end, or leave --session out for a new one"
+    elif error.retryable:
+        remedy = "it may work if you try again"
+    code = USAGE if error.code is ErrorCode.INVALID_REQUEST else FAILED
+    return CliError(f"{error.code}: {error.message}", remedy, code=code)

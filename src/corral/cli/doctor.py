@@ -1,0 +1,76 @@
+"""`corral doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from corral.cli import FAILED, OK
+from corral.cli.common import data_dir_option, json_option, settings_from
+
+
+@click.command()
+@data_dir_option
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The configuration. [default: corral.toml in the data directory]",
+)
+@click.option(
+    "--model", metavar="PROVIDER:NAME", help="The model to ask. [default: the one that `corral serve` would use]"
+)
+@click.option("--offline", is_flag=True, help="Do not ask the model: that costs a few tokens.")
+@json_option
+def command(**options: Any) -> int:
+    """What works here, what does not, and the remedy.
+
+    It looks at the program, the data directory, the gateway, the sandbox, the model and the container
+    runtimes, and changes nothing. The model is asked from here, with this shell's keys; a gateway that
+    runs already may have been started with others.
+
+    \b
+    Exit codes: 0 all that is needed is there, 1 something needed is missing, 2 a setting that cannot be used.
+    """
+    settings = settings_from({name: options[name] for name in ("data_dir", "config", "model")})
+    # Past the arguments: to look at everything, everything is imported.
+    import asyncio
+
+    from corral.cli.checks import check_all
+    from corral.cli.show import colours, visible, width
+    from corral.cli.tables import print_json
+
+    checks = asyncio.run(check_all(settings, offline=options["offline"]))
+    missing = [check for check in checks if check.state == "missing"]
+    if options["as_json"]:
+        print_json({"ok": not missing, "checks": checks})
+        return FAILED if missing else OK
+    import sys
+    import textwrap
+
+    colour = colours(sys.stdout)
+    marks = {"ok": ("ok", "32"), "note": ("note", "33"), "missing": ("MISSING", "31")}
+    for check in checks:
+        word, code = marks[check.state]
+        mark = f"\x1b[{code}m{word:<8}\x1b[0m" if colour else f"{word:<8}"
+        lines = textwrap.wrap(
+            visible(f"{check.name}: {check.found}"),
+            max(30, width() - 10),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        print(f"{mark} {lines[0]}")
+        if check.remedy:
+            lines += textwrap.wrap(
+                visible(f"→ {check.remedy}"), max(30, width() - 10), break_long_words=False, break_on_hyphens=False
+            )
+        for line in lines[1:]:
+            print(f"{'':<9}{line}")
+    print()
+    if missing:
+        print(f"{len(missing)} of what is needed {'is' if len(missing) == 1 else 'are'} missing")
+    else:
+        print("all that is needed is there")
+    return FAILED if missing else OK

@@ -1,0 +1,42 @@
+"""The gateway's log on standard error: lines for people, or one JSON object a line for machines.
+
+A line carries what happened (`action`) and the ids of where it happened, never a payload.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from corral.clock import rfc3339
+from corral.config import Settings
+
+_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+"""What every record has; the rest was given as `extra`."""
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"time", "level", "logger", "message", "action"?, ids…, "error"?}`; `error` is the traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": rfc3339(int(record.created * 1000)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _FIELDS and value is not None}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """Set the process's logging up as the settings say."""
+    handler = logging.StreamHandler(sys.stderr)
+    if settings.log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper())
