@@ -1,0 +1,83 @@
+"""What the command says of itself, and how quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from corral.cli import COMMANDS
+from tests.cli.command import call
+from tests.support.gateway import clean_environment
+
+
+async def test_help_lists_every_command_on_standard_output() -> None:
+    code, out, err = await call("--help")
+    assert (code, err) == (0, "")
+    assert [name for name in COMMANDS if f"  {name} " not in out] == []
+
+
+async def test_without_arguments_the_help_goes_to_standard_error_and_the_code_is_2() -> None:
+    code, out, err = await call()
+    assert (code, out) == (2, "")
+    assert "Usage: corral" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], ["rnu", "'run'", "corral --help"]),
+        (["serve", "--prot", "1"], ["--prot", "--port", "corral serve --help"]),
+        (["run"], ["TEXT", "corral run --help"]),
+        (["run", "--allow", "bash", "x"], ["bash is no tool's name", "bash.exec"]),
+        (["run", "--timeout", "0", "x"], ["--timeout", "corral run --help"]),
+        (["run", "--url", "gopher://x", "x"], ["gopher://x", "http://127.0.0.1:7077"]),
+        (["run", "  "], ["TEXT is empty"]),
+    ],
+)
+async def test_wrong_usage_is_two_lines_with_the_remedy_and_code_2(arguments: list[str], words: list[str]) -> None:
+    code, out, err = await call(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 2, err
+    assert [word for word in words if word not in err] == [], err
+
+
+async def test_a_value_that_looks_like_an_option_stays_a_value() -> None:
+    code, _, err = await call("run", "--session=--url=http://127.0.0.1:1", "x", env={"CORRAL_DATA_DIR": "/nonexistent"})
+    assert code == 4, err
+    assert "/nonexistent" in err
+
+
+async def test_version_says_program_protocol_and_python() -> None:
+    code, out, _ = await call("version")
+    assert code == 0
+    assert out.startswith("corral 0.")
+    assert "protocol 1.0.0" in out
+
+
+def test_help_imports_nothing_that_it_does_not_use() -> None:
+    program = (
+        "import sys, json\nfrom corral.cli import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    loaded = set(json.loads(done.stderr))
+    assert "click" in loaded
+    assert loaded & {"aiohttp", "sqlalchemy", "msgspec", "uvloop", "asyncio", "rich", "corral.config"} == set()
+
+
+def test_help_takes_under_a_quarter_of_a_second_of_processor_time() -> None:
+    """The quickest of five, as other work on the machine only ever adds."""
+    times = []
+    for _ in range(5):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-m", "corral", "--help"], capture_output=True, env=clean_environment(), timeout=60
+        )
+        after = os.times()
+        assert done.returncode == 0
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) < 0.25

@@ -1,0 +1,133 @@
+"""Ending a run from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.conftest import Open
+from tests.core.test_run import workspace
+from tests.support import needs
+from tests.support.house import House
+from tests.support.model_server import CallTools, Hang, Say, conversation
+from tests.support.wire import Wire
+
+
+def alive(mark: str) -> list[int]:
+    """Processes whose command line holds the mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if mark.encode() in (entry / "cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+async def until_exists(path: Path) -> None:
+    async with asyncio.timeout(20):
+        while not path.exists():  # noqa: ASYNC110 - a file of another process tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def until_dead(mark: str) -> None:
+    async with asyncio.timeout(20):
+        while alive(mark):  # noqa: ASYNC110 - processes of others tell nobody when they end
+            await asyncio.sleep(0.01)
+
+
+async def tool_run_on(home: House, wire: Wire, session: str = "s1") -> str:
+    run = await wire.effect("agent.run", input="go", sessionId=session)
+    await until_exists(workspace(home) / "started")
+    return str(run["runId"])
+
+
+STUBBORN = "trap '' TERM INT HUP; (setsid sleep 600 &) ; sleep 601 & touch started; while :; do sleep 602; done"
+
+
+async def test_an_abort_answers_when_the_runs_processes_are_dead(open_house: Open) -> None:
+    needs.bubblewrap()
+    async with open_house([CallTools([("bash_exec", {"command": STUBBORN})])]) as home, await home.wire() as wire:
+        run_id = await tool_run_on(home, wire)
+        assert alive("sleep\x00602") or alive("sleep 602")
+        answer = await wire.effect("agent.abort", runId=run_id)
+        assert answer == {"runId": run_id, "status": "aborted"}
+        assert [alive(f"sleep\x00{seconds}") for seconds in (600, 601, 602)] == [[], [], []]
+
+
+async def test_the_answer_precedes_the_events_that_the_abort_caused(open_house: Open) -> None:
+    needs.bubblewrap()
+    async with open_house([CallTools([("bash_exec", {"command": STUBBORN})])]) as home, await home.wire() as wire:
+        run_id = await tool_run_on(home, wire)
+        frame_id = await wire.start("agent.abort", {"runId": run_id, "idempotencyKey": "k"})
+        failed = await wire.event("agent.failed")
+        assert failed["payload"]["code"] == "ABORTED"
+        answered = wire.index(lambda frame: frame.get("id") == frame_id)
+        result = wire.index(lambda frame: frame.get("event") == "agent.tool_result")
+        assert answered < result < wire.index(lambda frame: frame.get("event") == "agent.failed")
+        assert wire.frames[result]["payload"]["status"] == "interrupted"
+
+
+async def test_aborts_with_one_key_and_with_others_all_get_the_answer(open_house: Open) -> None:
+    async with open_house([Hang(after=2)]) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        await wire.event("agent.delta")
+        keys = ["a", "a", "a", "b", "c"]
+        ids = [await wire.start("agent.abort", {"runId": run["runId"], "idempotencyKey": key}) for key in keys]
+        answers = [(await wire.response(frame_id))["payload"] for frame_id in ids]
+        assert answers == [{"runId": run["runId"], "status": "aborted"}] * 5
+        again = await wire.request("agent.abort", {"runId": run["runId"], "idempotencyKey": "a"})
+        assert again == answers[0]
+        ends = [frame for frame in wire.durable if frame["event"] == "agent.failed"]
+        assert len(ends) == 1
+
+
+async def test_a_cancelled_model_call_closes_its_connection(open_house: Open) -> None:
+    async with open_house([Hang(after=2)]) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        await wire.event("agent.delta")
+        await wire.effect("agent.abort", runId=run["runId"])
+        async with asyncio.timeout(10):
+            while home.model.disconnects == 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert home.model.disconnects == 1
+
+
+async def test_the_abort_of_a_run_that_has_ended_tells_how_it_ended(open_house: Open) -> None:
+    async with open_house([Say("ok")]) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        await wire.event("agent.completed")
+        answer = await wire.effect("agent.abort", runId=run["runId"])
+        assert answer == {"runId": run["runId"], "status": "completed"}
+
+
+async def test_a_run_that_waits_for_a_place_can_be_aborted(open_house: Open) -> None:
+    async with open_house([Hang()], max_active_runs=1) as home, await home.wire() as wire:
+        first = await wire.effect("agent.run", input="a")
+        second = await wire.effect("agent.run", input="b")
+        for run in (second, first):
+            assert (await wire.effect("agent.abort", runId=run["runId"]))["status"] == "aborted"
+
+
+@pytest.mark.parametrize("attempt", range(8))
+async def test_an_abort_at_any_moment_leaves_exactly_one_end(open_house: Open, attempt: int) -> None:
+    script = conversation([CallTools([("file_list", {}), ("file_write", {"path": "x", "content": "y"})]), Say("ok")])
+    async with open_house(script) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go", sessionId="s1")
+        for _ in range(attempt * attempt):
+            await asyncio.sleep(0)
+        answer = await wire.effect("agent.abort", runId=run["runId"])
+        ended = await wire.frame(lambda frame: frame.get("event") in ("agent.completed", "agent.failed"))
+        row: dict[str, Any] = (await wire.request("runs.get", {"runId": run["runId"]}))["run"]
+        assert answer["status"] == row["status"]
+        assert (row["status"] == "completed") == (ended["event"] == "agent.completed")
+        session = (await wire.request("sessions.get", {"sessionId": "s1"}))["session"]
+        assert (session["status"], "activeRunId" in session) == ("idle", False)
+        calls = [frame for frame in wire.durable if frame["event"] == "agent.tool_call"]
+        results = [frame for frame in wire.durable if frame["event"] == "agent.tool_result"]
+        assert len(calls) == len(results)
+        assert (await wire.effect("agent.run", input="again", sessionId="s1"))["status"] == "accepted"

@@ -1,0 +1,131 @@
+"""What a stranger can use up before he has shown a token (T-preauth, T-bruteforce)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from corral.gateway.options import GatewayOptions
+from tests.support.house import TOKEN, House, house
+from tests.support.wire import Wire, rpc
+
+
+async def test_sockets_that_do_not_connect_are_capped_and_the_next_gets_429(tmp_path: Path) -> None:
+    options = GatewayOptions(preauth_sockets=5, preauth_wait=0.2)
+    async with house(tmp_path, options=options) as home:
+        silent = [await Wire.open(home.url) for _ in range(5)]
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await Wire.open(home.url)
+        assert caught.value.status == 429
+        # Those who connect give their place back; so do those who leave.
+        await silent[0].connect(TOKEN)
+        extra = await Wire.open(home.url)
+        await silent[1].close()
+        await home.sockets_gone(left=5)
+        last = await Wire.open(home.url)
+        for wire in (*silent, extra, last):
+            await wire.close()
+        await home.sockets_gone()
+        assert home.server.gateway._gate._taken == {}
+
+
+async def test_silent_sockets_are_closed_at_the_deadline_and_leave_nothing(tmp_path: Path) -> None:
+    options = GatewayOptions(connect_timeout=0.5, preauth_sockets=60)
+    async with house(tmp_path, options=options) as home:
+        silent = await asyncio.gather(*(Wire.open(home.url) for _ in range(60)))
+        for wire in silent:
+            assert await wire.closed() == 4408
+            await wire.close()
+        await home.sockets_gone()
+        assert home.server.gateway._gate._taken == {}
+
+
+async def test_a_burst_of_honest_clients_waits_its_turn_and_all_get_in(tmp_path: Path) -> None:
+    async with house(tmp_path, options=GatewayOptions(preauth_sockets=16)) as home:
+        wires = await asyncio.gather(*(home.wire() for _ in range(300)))
+        for wire in wires:
+            assert (await wire.request("sessions.list"))["items"] == []
+            await wire.close()
+
+
+async def test_before_connect_a_frame_over_64_kib_closes_with_1009(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        frame = '{"type":"req","id":"c","method":"connect","params":{"auth":{"token":"' + TOKEN + '"},"x":"'
+        for size, closes in ((64 * 1024, False), (64 * 1024 + 1, True)):
+            async with await Wire.open(home.url) as wire:
+                await wire.send(frame + "x" * (size - len(frame) - 3) + '"}}')
+                if closes:
+                    assert await wire.closed() == 1009
+                    assert wire.frames == []
+                else:
+                    assert (await wire.response("c"))["ok"] is True
+
+
+async def limited(home: House) -> None:
+    """All doors are shut for this address, also before the right token."""
+    answer = await rpc(home.url, "sessions.list", {}, token=TOKEN)
+    assert (answer.status, answer.code) == (429, "RATE_LIMITED")
+    async with await Wire.open(home.url) as wire:
+        response = await wire.call("connect", {"auth": {"token": TOKEN}})
+        assert response["error"]["code"] == "RATE_LIMITED"
+        assert response["error"]["retryable"] is True
+        assert await wire.closed() == 4429
+
+
+@pytest.mark.parametrize("extra", [{}, {"deviceToken": "x"}, {"client": {"name": "cli"}}])
+async def test_failed_attempts_run_out_on_loopback_too_whatever_comes_with_them(
+    tmp_path: Path, extra: dict[str, object]
+) -> None:
+    options = GatewayOptions(failed_auth_burst=10, failed_auth_refill=0.001)
+    async with house(tmp_path, options=options) as home:
+        for number in range(5):
+            async with await Wire.open(home.url, headers={"Origin": home.url}) as wire:
+                response = await wire.call("connect", {"auth": {"token": f"guess{number}"}, **extra})
+                assert response["error"]["code"] == "UNAUTHORIZED"
+            headers = {
+                "X-Forwarded-For": f"10.0.0.{number}",
+                "X-Device-Token": "x",
+                "Forwarded": f"for=10.0.0.{number}",
+            }
+            answer = await rpc(home.url, "sessions.list", {}, token=f"guess{number}", headers=headers)
+            assert answer.status == 401
+        await limited(home)
+
+
+async def test_missing_tokens_and_good_ones_are_no_guesses(tmp_path: Path) -> None:
+    options = GatewayOptions(failed_auth_burst=3, failed_auth_refill=0.001)
+    async with house(tmp_path, options=options) as home:
+        for _ in range(10):
+            assert (await rpc(home.url, "sessions.list", {})).status == 401
+            assert (await rpc(home.url, "sessions.list", {}, token=TOKEN)).status == 200
+        async with await home.wire() as wire:
+            assert wire.hello["connectionId"]
+
+
+async def test_time_opens_the_door_again_and_open_sockets_never_noticed(tmp_path: Path) -> None:
+    options = GatewayOptions(failed_auth_burst=3, failed_auth_refill=5)
+    async with house(tmp_path, options=options) as home, await home.wire() as wire:
+        statuses = set()
+        for number in range(12):
+            statuses.add((await rpc(home.url, "sessions.list", {}, token=f"guess{number}")).status)
+        assert 429 in statuses
+        assert (await wire.request("sessions.list"))["items"] == []
+        began = time.monotonic()
+        while (await rpc(home.url, "sessions.list", {}, token=TOKEN)).status != 200:
+            assert time.monotonic() - began < 5
+            await asyncio.sleep(0.05)
+
+
+async def test_the_body_of_a_stranger_is_not_read(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        host, _, port = home.url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        # Announced, never sent: the answer does not wait for it.
+        writer.write(b"POST /rpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert b" 401 " in await reader.readline()
+        writer.close()

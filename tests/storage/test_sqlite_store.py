@@ -1,0 +1,165 @@
+"""What the SQLite store does besides what every store must do."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from corral.storage._sqlite_connections import driver
+from corral.storage.repositories import Transaction
+from corral.storage.sqlite import SqliteStore
+from tests.storage.make import A, FixedClock, append, session
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()}
+
+
+async def open_store(path: Path) -> SqliteStore:
+    return await SqliteStore.open(path, FixedClock())
+
+
+async def test_writers_that_wait_together_share_a_commit(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    statements: list[str] = []
+    try:
+        for number in range(64):
+            await store.write(lambda tx, n=number: tx.sessions.insert(session(f"s_{n}")))  # type: ignore[misc]
+        await store.write(lambda tx: driver(tx.sessions._connection._connection).set_trace_callback(statements.append))
+
+        async def writer(number: int) -> None:
+            for _ in range(10):
+                await store.write(lambda tx: append(tx, f"s_{number}"))
+
+        await asyncio.gather(*(writer(number) for number in range(64)))
+    finally:
+        await store.close()
+    commits = [sql for sql in statements if sql.startswith("COMMIT")]
+    units = [sql for sql in statements if sql.startswith("SAVEPOINT")]
+    assert len(units) == 640
+    assert 10 <= len(commits) <= 128
+
+
+async def test_the_database_is_durable_and_checked_as_the_design_says(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+
+    def pragma(tx: Transaction, name: str) -> object:
+        return driver(tx.sessions._connection._connection).control(f"PRAGMA {name}").fetchone()[0]
+
+    try:
+        found = await store.write(
+            lambda tx: {n: pragma(tx, n) for n in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")}
+        )
+        assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
+        assert await store.read(lambda tx: pragma(tx, "query_only")) == 1
+    finally:
+        await store.close()
+
+
+async def test_a_journal_entry_needs_its_session(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+
+    def fill(tx: Transaction) -> None:
+        tx.sessions.insert(session())
+        append(tx)
+
+    def work(tx: Transaction) -> None:
+        driver(tx.sessions._connection._connection).cursor().execute("DELETE FROM sessions")
+
+    try:
+        await store.write(fill)
+        with pytest.raises(sqlite3.IntegrityError):
+            await store.write(work)
+    finally:
+        await store.close()
+
+
+async def test_an_error_of_the_database_does_not_quote_what_was_written(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        await store.write(lambda tx: tx.sessions.insert(session()))
+        with pytest.raises(IntegrityError) as refused:
+            await store.write(lambda tx: tx.sessions.insert(session(title="canary-9f2")))
+        assert "canary-9f2" not in str(refused.value)
+    finally:
+        await store.close()
+
+
+async def test_an_orderly_stop_is_noted_and_leaves_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "corral.db"
+    store = await open_store(path)
+    assert store.clean_start is True
+    await store.write(lambda tx: tx.sessions.insert(session()))
+    await store.close()
+    assert modes(tmp_path).keys() == {"corral.db"}
+    store = await open_store(path)
+    assert store.clean_start is True
+    assert await store.read(lambda tx: tx.sessions.get(A, "s_1")) == session()
+    await store.close()
+
+
+async def test_the_files_are_the_owners_alone(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        await store.check_writable()
+        assert modes(tmp_path) == dict.fromkeys(("corral.db", "corral.db-wal", "corral.db-shm"), 0o600)
+    finally:
+        await store.close()
+
+
+async def test_reads_go_on_while_a_unit_is_written(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    go_on = threading.Event()
+
+    def slow(tx: Transaction) -> None:
+        tx.sessions.insert(session())
+        assert go_on.wait(30)
+
+    try:
+        writing = asyncio.create_task(store.write(slow))
+        assert await asyncio.wait_for(store.read(lambda tx: tx.sessions.get(A, "s_1")), 30) is None
+        go_on.set()
+        await writing
+        assert await store.read(lambda tx: tx.sessions.get(A, "s_1")) == session()
+    finally:
+        go_on.set()
+        await store.close()
+
+
+async def test_no_thread_is_left_after_close(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    store = await open_store(tmp_path / "corral.db")
+    await asyncio.gather(*(store.read(lambda tx: tx.sessions.get(A, "s_1")) for _ in range(8)))
+    await store.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert set(threading.enumerate()) <= before
+
+
+def test_importing_the_store_imports_no_alembic() -> None:
+    code = "import sys, corral.storage.sqlite; print([m for m in sys.modules if m.startswith('alembic')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_fresh_database_is_made_without_alembic(tmp_path: Path) -> None:
+    code = (
+        "import asyncio, sys, pathlib, corral.clock, corral.storage.sqlite as s\n"
+        "async def main():\n"
+        "    for _ in range(2):\n"
+        "        store = await s.SqliteStore.open(pathlib.Path(sys.argv[1]), corral.clock.SystemClock())\n"
+        "        await store.close()\n"
+        "asyncio.run(main())\n"
+        "print('alembic' in sys.modules)"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "corral.db")]
+    found = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

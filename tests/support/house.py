@@ -1,0 +1,97 @@
+"""The whole server in the test's own process and loop, before a scripted model server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from corral.config import Settings
+from corral.gateway.options import GatewayOptions
+from corral.server import Server
+from corral.storage.rows import TokenRow
+from tests.support.model_server import ModelServer, Script, default_brain
+from tests.support.wire import Wire
+
+TOKEN = "a-token-for-the-tests-0123456789"
+
+
+class House:
+    """A running server: `url`, the owner's `token`, and the model that its runs talk to."""
+
+    def __init__(self, server: Server, model: ModelServer) -> None:
+        self.server = server
+        self.model = model
+        self.url = server.url
+        self.token = TOKEN
+
+    async def wire(self, token: str | None = TOKEN, *, ordered: bool = True, **params: Any) -> Wire:
+        """A client that is connected. Use with `async with`."""
+        wire = await Wire.open(self.url, ordered=ordered)
+        try:
+            await wire.connect(token, **params)
+        except BaseException:
+            await wire.close()
+            raise
+        return wire
+
+    async def sockets_gone(self, left: int = 0) -> None:
+        """Until the server has let go of all sockets but `left`."""
+        async with asyncio.timeout(20):
+            while self.server.gateway.connections > left:  # noqa: ASYNC110  (the server tells nobody)
+                await asyncio.sleep(0.02)
+
+    async def add_token(self, user: str, *, workspaces: list[str] | None = None, **changes: Any) -> str:
+        """A token for another person; `roles`, `tenant_id`, `expires_at` and so on as in TokenRow."""
+        token = f"token-of-{user}-{changes.get('id', '')}-0123456789"
+        tenant = changes.get("tenant_id", "t_default")
+        spaces = ["w_default"] if workspaces is None else workspaces
+        fields: dict[str, Any] = {
+            "tenant_id": tenant,
+            "id": f"tok_{user}",
+            "token_hash": hashlib.sha256(token.encode()).hexdigest(),
+            "subject": user,
+            "user_id": user,
+            "display_name": None,
+            "workspace_ids": spaces,
+            "roles": ["member"],
+            "created_at": 1,
+        }
+        row = TokenRow(**{**fields, **changes})
+
+        def unit(tx: Any) -> None:
+            for space in spaces:
+                tx.tenants.ensure(tenant, space, user, now_ms=1)
+            tx.tokens.upsert(row)
+
+        await self.server.store.write(unit)
+        return token
+
+
+@asynccontextmanager
+async def house(
+    data_dir: Path,
+    *,
+    script: Script = default_brain,
+    options: GatewayOptions | None = None,
+    environment: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> AsyncIterator[House]:
+    """Start a model server and a Corral over `data_dir`; stop both at the end.
+
+    `environment` adds to the variables that say where models are and with which key.
+    """
+    async with ModelServer(script) as model:
+        given = Settings(
+            data_dir=data_dir,
+            **{"host": "127.0.0.1", "port": 0, "token": TOKEN, "model": "openai-chat:test", **settings},
+        )
+        environ = {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"}
+        for name in ("ANTHROPIC", "GOOGLE_GEMINI"):
+            environ[f"{name}_BASE_URL"] = model.root_url
+        environ.update(environment or {})
+        async with Server(given, options=options, environ=environ) as server:
+            yield House(server, model)
