@@ -1,0 +1,1 @@
+"""What Corral costs, measured against the bare limit beside it. `python -m bench --help`."""

@@ -1,0 +1,41 @@
+"""What a connection weighs that does nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.children import Children, Served, start_bare, start_corral
+from bench.machine import resident_kib
+from bench.numbers import Numbers
+from bench.stats import Row
+from bench.wire import connect_frame
+
+
+async def measure(children: Children, folder: Path, numbers: Numbers) -> list[Row]:
+    row = Row(
+        "memory of an idle connection",
+        "KiB",
+        "a WebSocket on bare aiohttp with the same heartbeat",
+        note=f"What {numbers.idle} connections add to the resident memory of a fresh process, by their number; "
+        "Corral's are authenticated.",
+    )
+    for number in range(numbers.idle_rounds):
+        corral = await start_corral(children, folder / f"idle-{number}")
+        ours = await _weigh(children, corral, [connect_frame(corral.token)], numbers.idle)
+        bare = await start_bare(children)
+        row.add(ours, await _weigh(children, bare, [], numbers.idle))
+        await children.end(corral.child, bare.child)
+    return [row]
+
+
+async def _weigh(children: Children, server: Served, say: list[str], count: int) -> float:
+    """KiB for each of `count` connections."""
+    subscribers = await children.start("subscribers", ["-m", "bench.subscribers"])
+    open_some = {"do": "open", "port": server.port, "say": say, "answers": len(say)}
+    # The first ones bring in what is loaded once and grow the heap.
+    await subscribers.ask(**open_some, count=min(20, count))
+    before = resident_kib(server.child.pid)
+    await subscribers.ask(**open_some, count=count)
+    after = resident_kib(server.child.pid)
+    await children.end(subscribers)
+    return max(after - before, 1) / count
