@@ -207,7 +207,7 @@ async def test_ctrl_c_kills_the_command_that_a_tool_runs(demo: Gateway) -> None:
     text = f"run: sleep 1{os.getpid()}"
     async with corral("run", "--allow", "bash.exec", text, data_dir=demo.data_dir) as command:
         await command.until(lambda: "● bash.exec" in command.err)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not _sleepers():  # noqa: ASYNC110 - another process starts it
                 await asyncio.sleep(0.02)
         command.process.send_signal(signal.SIGINT)

@@ -121,7 +121,7 @@ async def test_a_run_whose_events_never_came_is_asked_for_again_with_the_same_ke
             await _until_closed(peer)
 
     async with gateway(play, unused_tcp_port) as url, Corral(url, "t" * 20) as corral:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             events = [event.event async for event in corral.run("x")]
     assert events == ["agent.accepted", "agent.completed"]
     assert len(keys) == 2
@@ -144,7 +144,7 @@ async def test_a_subscription_is_not_begun_while_one_of_its_session_is_being_end
         await _until_closed(peer)
 
     async with gateway(play, unused_tcp_port) as url, Corral(url, "t" * 20) as corral:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for _ in range(2):
                 events = corral.events("s", after=0)
                 assert (await anext(events)).state_version == 1
@@ -160,7 +160,7 @@ async def test_a_subscription_that_cannot_be_had_just_now_is_asked_for_again(unu
         await _until_closed(peer)
 
     async with gateway(play, unused_tcp_port) as url, Corral(url, "t" * 20) as corral:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert (await anext(corral.events("s", after=0))).state_version == 1
 
 
@@ -172,7 +172,7 @@ async def test_an_event_of_a_later_protocol_comes_through_as_it_is(unused_tcp_po
         await _until_closed(peer)
 
     async with gateway(play, unused_tcp_port) as url, Corral(url, "t" * 20) as corral:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             events = corral.events("s")
             assert (await anext(events)).payload == {"sessionId": "s", "depth": 3}
             assert (await anext(events)).payload == {"sessionId": "s", "runId": 7}

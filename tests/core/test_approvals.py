@@ -33,7 +33,7 @@ async def waiting(home: House, wire: Wire, **params: Any) -> dict[str, Any]:
 
 
 async def parked(wire: Wire, run_id: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await wire.request("runs.get", {"runId": run_id}))["run"]["status"] != "waiting_approval":  # noqa: ASYNC110 - parking tells nobody
             await asyncio.sleep(0.01)
 

@@ -149,7 +149,7 @@ async def test_a_call_that_fails_gives_its_reservation_back(open_house: Open) ->
 async def test_an_aborted_run_gives_its_reservation_back(open_house: Open) -> None:
     async with open_house([Hang()], per_day(steps=1)) as home, await home.wire() as wire:
         run = await wire.effect("agent.run", input="go")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not home.model.requests:  # noqa: ASYNC110  (the model server tells nobody)
                 await asyncio.sleep(0.02)
         assert ((await used(home))[0], await reserved(home)) == (1, 1)
@@ -160,7 +160,7 @@ async def test_an_aborted_run_gives_its_reservation_back(open_house: Open) -> No
 async def test_a_run_that_is_taken_up_after_a_crash_has_nothing_reserved_from_before(open_house: Open) -> None:
     async with open_house([Hang(), Say("ok")], per_day(steps=1)) as home, await home.wire() as wire:
         run = await wire.effect("agent.run", input="go")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not home.model.requests:  # noqa: ASYNC110  (the model server tells nobody)
                 await asyncio.sleep(0.02)
         taken = await home.server.store.write(

@@ -100,7 +100,7 @@ async def test_repeatable_calls_of_one_step_run_at_once(open_house: Open, monkey
         execute, together = home.server.executor.execute, asyncio.Barrier(3)
 
         async def gathered(*call: Any) -> Any:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await together.wait()  # passes only when all three are under way
             return await execute(*call)
 
@@ -246,7 +246,7 @@ async def test_what_an_owner_writes_whose_lease_was_taken_over_is_not_written(op
             )
         )
         assert claimed == 2
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while home.server.core.active_runs:  # noqa: ASYNC110 - the old owner leaves without a word
                 await asyncio.sleep(0.01)
         history = await wire.request("sessions.history", {"sessionId": "s1"})

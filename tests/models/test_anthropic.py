@@ -512,10 +512,10 @@ async def test_turns_share_one_kept_alive_connection_and_leaving_one_closes_it()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await r.server.wait(lambda: r.server.disconnects == 1 and r.server.open_connections == 0, 2)
+        await r.server.wait(lambda: r.server.disconnects == 1 and r.server.open_connections == 0)
 
 
 async def test_a_body_that_never_ends_behind_its_answer_holds_nobody_up() -> None:
     async with rig([Say("ok", wire=Wire(linger=60))], retry=ONCE) as r:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert text_of(await r.events(chain=CHAIN)) == "ok"

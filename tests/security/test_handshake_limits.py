@@ -34,7 +34,7 @@ async def test_sockets_that_do_not_connect_are_capped_and_the_next_gets_429(tmp_
 
 
 async def test_silent_sockets_are_closed_at_the_deadline_and_leave_nothing(tmp_path: Path) -> None:
-    options = GatewayOptions(connect_timeout=0.5, preauth_sockets=60)
+    options = GatewayOptions(connect_timeout=2.0, preauth_sockets=60)
     async with house(tmp_path, options=options) as home:
         silent = await asyncio.gather(*(Wire.open(home.url) for _ in range(60)))
         for wire in silent:
@@ -116,7 +116,7 @@ async def test_time_opens_the_door_again_and_open_sockets_never_noticed(tmp_path
         assert (await wire.request("sessions.list"))["items"] == []
         began = time.monotonic()
         while (await rpc(home.url, "sessions.list", {}, token=TOKEN)).status != 200:
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 60
             await asyncio.sleep(0.05)
 
 
@@ -126,6 +126,6 @@ async def test_the_body_of_a_stranger_is_not_read(tmp_path: Path) -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         # Announced, never sent: the answer does not wait for it.
         writer.write(b"POST /rpc HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert b" 401 " in await reader.readline()
         writer.close()

@@ -245,7 +245,7 @@ async def test_a_session_id_that_another_tenant_uses_is_free_here(tmp_path: Path
         theirs = foreign.ids["sessionId"]
         async with await home.wire() as wire:
             run = await wire.effect("agent.run", input="mine", sessionId=theirs)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await wire.event("approval.required", runId=run["runId"])
             history = await wire.request("sessions.history", {"sessionId": theirs})
             assert {item["runId"] for item in history["items"]} <= {run["runId"], None}

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from corral.config import load_settings, read_endpoint, read_token
 
-START_TIMEOUT = 30.0
+START_TIMEOUT = 60.0
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -66,7 +66,7 @@ class Gateway:
         """SIGTERM; its exit code."""
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await self.process.wait()
 
     def token(self) -> str:

@@ -40,7 +40,7 @@ class House:
 
     async def sockets_gone(self, left: int = 0) -> None:
         """Until the server has let go of all sockets but `left`."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.server.gateway.connections > left:  # noqa: ASYNC110  (the server tells nobody)
                 await asyncio.sleep(0.02)
 

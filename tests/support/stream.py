@@ -38,7 +38,7 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         self._client = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_read=20), read_bufsize=16 * 1024 * 1024
+            timeout=aiohttp.ClientTimeout(total=None, sock_read=60), read_bufsize=16 * 1024 * 1024
         )
         try:
             self._response = await self._client.get(self._url, headers=self._headers)
@@ -78,7 +78,7 @@ class EventStream:
 
     async def until(self, name: str) -> Sse:
         """The next event of that name."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (event := await self.next()) is not None:
                 if event.event == name:
                     return event
@@ -86,7 +86,7 @@ class EventStream:
 
     async def end(self) -> None:
         """Read to the end."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await self.next() is not None:
                 pass
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import aiohttp
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 TRANSIENT = frozenset({"agent.delta"})
 
 _keys = itertools.count(1)

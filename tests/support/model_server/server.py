@@ -116,7 +116,7 @@ class ModelServer:
     def set_script(self, script: Script) -> None:
         self._choose = player(script)
 
-    async def wait(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+    async def wait(self, condition: Callable[[], bool], seconds: float = 30) -> None:
         """Until `condition()` holds; TimeoutError after `seconds`. Looks when a request comes, ends or breaks off."""
         async with asyncio.timeout(seconds):
             while not condition():
