@@ -52,6 +52,28 @@ async def runs(home: House, count: int) -> list[dict[str, Any]]:
         return list(ends.values())
 
 
+async def test_a_session_has_a_budget_of_its_own_and_another_session_does_not_pay_for_it(open_house: Open) -> None:
+    policy = {"limits": {"sessionPerDay": {"steps": 2}}}
+    async with open_house([Say("ok")], policy) as home, await home.wire() as wire:
+        ends = []
+        for session in ("s_one", "s_one", "s_one", "s_two"):
+            ends.append(await ending(home, sessionId=session))
+        assert [end.get("code") for end in ends] == [None, None, "BUDGET_EXCEEDED", None]
+        assert "the session's 2 steps for today (UTC)" in ends[2]["message"]
+        # A layer may tighten it, not loosen it.
+        await wire.effect(
+            "policy.update", layer="agent", agentId="a_default", patch={"limits": {"sessionPerDay": {"steps": 9}}}
+        )
+        merged = await wire.request("policy.get", {"agentId": "a_default", "effective": True})
+        assert merged["policy"]["limits"]["sessionPerDay"]["steps"] == 2
+
+
+async def test_a_session_s_budget_in_dollars_refuses_a_model_without_a_price(open_house: Open) -> None:
+    async with open_house([Say("ok")], {"limits": {"sessionPerDay": {"costUsd": 1.0}}}) as home:
+        assert (await ending(home))["code"] == "BUDGET_EXCEEDED"
+        assert home.model.requests == []
+
+
 @pytest.mark.parametrize("layer", ["tenant", "workspace", "agent"])
 async def test_of_64_parallel_runs_a_budget_of_ten_steps_lets_ten_calls_through(open_house: Open, layer: str) -> None:
     async with open_house([Slow(0.2)], {}) as home:

@@ -154,7 +154,7 @@ async def test_no_connect_in_time_closes_with_4408_and_other_frames_do_not_buy_t
             await wire.start("sessions.list")
             await asyncio.sleep(0.1)
         assert await wire.closed() == 4408
-        assert 0.4 < time.monotonic() - began
+        assert time.monotonic() - began > 0.4
 
 
 async def test_a_connected_socket_outlives_the_deadline(tmp_path: Path) -> None:

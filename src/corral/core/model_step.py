@@ -26,7 +26,7 @@ from corral.core.judge import binding_of, question
 from corral.core.limits import Limits, call_of, limits_of
 from corral.core.state import Deps, Fence, Loaded, policy_of
 from corral.executor.api import CallContext, ToolOutcome
-from corral.governance.budgets import day_of, reserve, settle
+from corral.governance.budgets import day_of, limits_days, reserve, settle
 from corral.governance.facts import CallFacts
 from corral.governance.policy import EffectivePolicy, Verdict
 from corral.models.api import (
@@ -88,7 +88,7 @@ class ModelStep:
         limits.check_step(state.run)
         request = self._request(state, chain[0])
         request.max_output_tokens = limits.output_tokens(state.run, request, self._deps.models.info(chain[0]))
-        if state.policy.day_limits():
+        if limits_days(state.policy):
             call = call_of(request, chain, self._deps.models)
             request.max_output_tokens = await self._fence.commit(
                 lambda tx: reserve(tx, state.run, state.policy, call, day)

@@ -11,6 +11,9 @@ other's reservations, so that together they stay within the limit as far as the 
 is right. A call that fails, or dies with its process, is let go and not counted: what a provider charges
 for such a one is not known here. A step of a model without a known price counts no money; where a
 layer limits money, such a model is refused.
+
+A session has a budget of its own (`limits.sessionPerDay`), the tightest that a layer gives it. It runs one
+run at a time, so nothing is reserved: its runs that were begun today are added up before each call.
 """
 
 from __future__ import annotations
@@ -51,9 +54,14 @@ def day_of(now_ms: int) -> int:
     return now_ms // DAY_MS
 
 
+def limits_days(policy: EffectivePolicy) -> bool:
+    """Whether a call has to be reserved: a layer limits what a day, or a session in a day, may use up."""
+    return bool(policy.day_limits()) or policy.session_limits() != DayLimits()
+
+
 def limits_cost(policy: EffectivePolicy) -> bool:
     """Whether any layer limits what a day may cost, so that a model without a known price is refused."""
-    return any(limits.cost_usd is not None for limits in policy.day_limits().values())
+    return any(limits.cost_usd is not None for limits in (*policy.day_limits().values(), policy.session_limits()))
 
 
 def reserve(tx: Transaction, run: RunRow, policy: EffectivePolicy, call: Call, day: int) -> int:
@@ -67,7 +75,7 @@ def reserve(tx: Transaction, run: RunRow, policy: EffectivePolicy, call: Call, d
     scopes = {
         layer: scope_key(run.tenant_id, run.workspace_id, layer, run.agent_id) for layer in _LAYERS if layer in limited
     }
-    output = call.output_tokens
+    output = _session_room(tx, run, policy.session_limits(), call, day)
     for layer, scope in scopes.items():
         taken = tx.usage.taken(run.tenant_id, scope, day)
         output = min(output, _room(layer, limited[layer], taken, call))
@@ -75,6 +83,13 @@ def reserve(tx: Transaction, run: RunRow, policy: EffectivePolicy, call: Call, d
     for scope in scopes.values():
         tx.usage.reserve(run.tenant_id, run.id, UsageRow(scope=scope, day=day, steps=1, tokens=tokens, cost_usd=cost))
     return output
+
+
+def _session_room(tx: Transaction, run: RunRow, limits: DayLimits, call: Call, day: int) -> int:
+    """How long the answer may be for what the run's session has used up today."""
+    if limits == DayLimits():
+        return call.output_tokens
+    return _room("session", limits, tx.usage.of_session(run.tenant_id, run.session_id, day), call)
 
 
 def _room(layer: str, limits: DayLimits, taken: UsageRow, call: Call) -> int:

@@ -150,6 +150,14 @@ class EffectivePolicy:
         found = {layer.name: layer.document.limits.per_day for layer in self.layers}
         return {name: limits for name, limits in found.items() if limits != DayLimits()}
 
+    def session_limits(self) -> DayLimits:
+        """What one session may use up in a day: the tightest of the layers' `limits.sessionPerDay`."""
+        return DayLimits(
+            steps=cast("int | None", self._tightest_of_session("steps")),
+            tokens=cast("int | None", self._tightest_of_session("tokens")),
+            cost_usd=self._tightest_of_session("cost_usd"),
+        )
+
     @property
     def primary_model(self) -> str | None:
         named = [layer.document.models.primary for layer in self.layers if layer.document.models.primary]
@@ -202,6 +210,7 @@ class EffectivePolicy:
                     tokens=cast("int | None", self._tightest_day("tokens")),
                     cost_usd=self._tightest_day("cost_usd"),
                 ),
+                session_per_day=self.session_limits(),
             ),
         )
 
@@ -221,6 +230,10 @@ class EffectivePolicy:
 
     def _tightest_day(self, field: str) -> float | None:
         values = [getattr(limits, field) for limits in self.day_limits().values()]
+        return min((value for value in values if value is not None), default=None)
+
+    def _tightest_of_session(self, field: str) -> float | None:
+        values = [getattr(layer.document.limits.session_per_day, field) for layer in self.layers]
         return min((value for value in values if value is not None), default=None)
 
 

@@ -234,12 +234,16 @@ class DayLimits(Wire, kw_only=True, frozen=True):
 
 
 class PolicyLimits(Wire, kw_only=True, frozen=True):
-    """What runs under this layer may use up; null is no limit of this layer's."""
+    """What runs under this layer may use up; null is no limit of this layer's.
+
+    `perDay` is for all of them together, `sessionPerDay` for each session by itself.
+    """
 
     max_steps_per_run: Annotated[int, Meta(ge=1)] | None = None
     max_tokens_per_run: Annotated[int, Meta(ge=1)] | None = None
     max_cost_usd_per_run: Annotated[float, Meta(ge=0)] | None = None
     per_day: DayLimits = DayLimits()
+    session_per_day: DayLimits = DayLimits()
 
 
 class PolicyDocument(Wire, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -64,6 +64,11 @@ _RESERVED = (
     .where(is_(_v.tenant_id), is_(_v.run_id))
     .order_by(_v.scope)
 )
+_OF_SESSION = select(
+    func.coalesce(func.sum(_r.steps), 0),
+    func.coalesce(func.sum(_r.input_tokens + _r.output_tokens), 0),
+    func.coalesce(func.sum(_r.cost_usd), 0.0),
+).where(is_(_r.tenant_id), is_(_r.session_id), _r.created_at >= bound("from", _r.created_at))
 
 
 class Usage(Repository):
@@ -84,6 +89,12 @@ class Usage(Repository):
         held = self._connection.execute(_HELD, {"b_tenant_id": tenant_id, "b_scope": scope, "b_day": day}).one()
         steps, tokens, cost = (int(used[0] + held[0]), int(used[1] + held[1]), float(used[2] + held[2]))
         return UsageRow(scope=scope, day=day, steps=steps, tokens=tokens, cost_usd=cost)
+
+    def of_session(self, tenant_id: str, session_id: str, day: int) -> UsageRow:
+        """What the session's runs that were begun on the day or later have used up, each of them whole."""
+        values = {"b_tenant_id": tenant_id, "b_session_id": session_id, "b_from": day * DAY_MS}
+        steps, tokens, cost = self._connection.execute(_OF_SESSION, values).one()
+        return UsageRow(scope=f"session:{session_id}", day=day, steps=steps, tokens=tokens, cost_usd=cost)
 
     def reserve(self, tenant_id: str, run_id: str, need: UsageRow) -> None:
         """Set this aside for the run. Raises the driver's IntegrityError if the run has a reservation in the scope."""
