@@ -367,6 +367,8 @@ async def test_no_arguments_are_an_empty_object() -> None:
         ("null", "null"),
         ("true", "true or false"),
         ("[" * 5000, "not valid JSON"),
+        ('{"a":' * 101 + "1" + "}" * 101, "levels deep"),
+        ('{"a":' * 960 + "1" + "}" * 960, "Make the call again"),
     ],
 )
 async def test_arguments_that_are_no_object_come_with_words_the_model_can_act_on(arguments: str, word: str) -> None:

@@ -19,7 +19,8 @@ from corral.gateway.problems import params_problem
 from corral.governance.caller import Caller
 from corral.governance.idempotency import Idempotency, Performed
 from corral.ids import Ids
-from corral.protocol.errors import CorralError, ErrorCode, Forbidden, InternalError, MethodNotFound
+from corral.protocol.canonical import MAX_DEPTH, is_too_deep
+from corral.protocol.errors import CorralError, ErrorCode, Forbidden, InternalError, InvalidRequest, MethodNotFound
 from corral.protocol.methods import METHODS, Method, Params, SideEffectParams
 from corral.protocol.types import Principal, Wire
 from corral.storage.api import Store
@@ -282,6 +283,10 @@ def decode_params(method: Method, text: bytes) -> Any:
         params = _decoder(method.params).decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise params_problem(error) from None
+    # Only objects of any content can be deep: all other params have the shape of their types.
+    for name in params.__struct_fields__:
+        if isinstance(value := getattr(params, name), dict) and is_too_deep(value):
+            raise InvalidRequest(f"$.params.{name} is nested too deeply: at most {MAX_DEPTH} levels")
     return params
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from corral.models.transcript import without_surrogates
+from corral.protocol.canonical import MAX_DEPTH, is_too_deep
 
 NO_NAME = "The call has no tool name. Name one of the tools that you were given."
 CUT_OFF = (
@@ -34,6 +35,8 @@ def check(value: Any) -> tuple[dict[str, Any] | None, str | None]:
             type(value), "a number"
         )
         return None, f"The arguments must be one JSON object, but they are {kind}. Make the call again with an object."
+    if is_too_deep(value):
+        return None, f"The arguments nest more than {MAX_DEPTH} levels deep. Make the call again with flatter ones."
     return without_surrogates(value), None
 
 

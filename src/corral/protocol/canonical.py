@@ -23,6 +23,30 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+MAX_DEPTH = 100
+"""How deep lists and objects may lie in each other in what callers and models send."""
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects (JSON types) lie in each other more than `MAX_DEPTH` deep.
+
+    How deep a decoder goes by itself differs between versions of Python, and what it lets through must
+    not be too deep for the code behind it. Walks level by level, so that it has no such bound itself.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        level = [each for each in inner if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def _normal(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)

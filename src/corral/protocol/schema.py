@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import msgspec
@@ -28,6 +29,9 @@ def protocol_schema() -> dict[str, Any]:
     sent = [Response, Event, RpcAnswer, *results, *EVENTS.values()]
     _, defs = msgspec.json.schema_components([Request, *params, *sent], ref_template=_REF)
     for name, schema in defs.items():
+        if "description" in schema:
+            # Before Python 3.13 a class keeps its docstring with the indentation of the source.
+            schema["description"] = inspect.cleandoc(schema["description"])
         if name not in asked:
             _require_what_is_always_sent(schema)
         if "required" in schema and not schema["required"]:
