@@ -467,7 +467,7 @@ def fill(tx: Transaction, tenant: str) -> None:
     tx.tenants.ensure(tenant, f"w_of_{tenant}", "u_1", now_ms=NOW)
     tx.sessions.insert(session(tenant_id=tenant, title=tenant))
     append(tx, tenant_id=tenant, run_id="run_1")
-    tx.runs.insert(run(tenant_id=tenant, output=tenant, lease_epoch=1))
+    tx.runs.insert(run(tenant_id=tenant, output=tenant, lease_epoch=1, steps=1, input_tokens=2, output_tokens=3))
     tx.messages.insert(message(1, tenant))
     tx.tool_runs.insert(tool_run(tenant_id=tenant, reason=tenant))
     tx.outputs.insert(tenant, "s_1", "call_1", tenant.encode())
@@ -495,6 +495,7 @@ def audit_page(tx: Transaction, tenant: str, **filters: Any) -> Any:
 
 READS: dict[str, Callable[[Transaction, str], Any]] = {
     "usage.reserved": lambda tx, t: tx.usage.reserved(t, "run_1"),
+    "usage.of_session": lambda tx, t: tx.usage.of_session(t, "s_1", 0),
     "metrics.hours": lambda tx, t: tx.metrics.hours(t, *_ALL),
     "metrics.hour_counts": lambda tx, t: tx.metrics.hour_counts(t, *_ALL, "latency"),
     "metrics.facts": lambda tx, t: tx.metrics.facts(t, *_ALL),
@@ -639,6 +640,20 @@ class TenantsApart:
         before_a, after_a, before_b, after_b = await store.write(work)
         assert after_b == before_b
         assert after_a != before_a
+
+    async def test_a_session_has_used_what_its_runs_of_the_day_and_later_have(self, store: Store) -> None:
+        day_ms, used = 86_400_000, {"steps": 2, "input_tokens": 10, "output_tokens": 5, "cost_usd": 0.5}
+
+        def work(tx: Transaction) -> UsageRow:
+            for session_id in ("s_1", "s_2"):
+                tx.sessions.insert(session(session_id))
+            tx.runs.insert(run("run_1", created_at=2 * day_ms - 1, **used))
+            tx.runs.insert(run("run_2", created_at=2 * day_ms, **used))
+            tx.runs.insert(run("run_3", created_at=3 * day_ms, **used | {"cost_usd": None}))
+            tx.runs.insert(run("run_4", session_id="s_2", created_at=2 * day_ms, **used))
+            return tx.usage.of_session(A, "s_1", 2)
+
+        assert await store.write(work) == UsageRow(scope="session:s_1", day=2, steps=4, tokens=30, cost_usd=0.5)
 
     async def test_usage_and_reservations_of_another_tenant_scope_and_day_are_not_counted(self, store: Store) -> None:
         def work(tx: Transaction) -> list[UsageRow]:
