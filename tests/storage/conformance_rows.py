@@ -642,7 +642,8 @@ class TenantsApart:
         assert after_a != before_a
 
     async def test_a_session_has_used_what_its_runs_of_the_day_and_later_have(self, store: Store) -> None:
-        day_ms, used = 86_400_000, {"steps": 2, "input_tokens": 10, "output_tokens": 5, "cost_usd": 0.5}
+        day_ms = 86_400_000
+        used: dict[str, Any] = {"steps": 2, "input_tokens": 10, "output_tokens": 5, "cost_usd": 0.5}
 
         def work(tx: Transaction) -> UsageRow:
             for session_id in ("s_1", "s_2"):
