@@ -64,6 +64,17 @@ async def test_an_approved_call_runs_and_the_run_goes_on_as_the_contract_shows(o
         assert (resolved["status"], resolved["resolvedBy"]) == ("approved", "u_owner")
 
 
+async def test_who_hears_the_question_finds_the_run_waiting_at_once(open_house: Open) -> None:
+    async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
+        for session in (f"s{number}" for number in range(8)):
+            run = await wire.effect("agent.run", input="go", sessionId=session)
+            await wire.event("approval.required", sessionId=session)
+            asked = await wire.start("runs.get", {"runId": run["runId"]})
+            found = (await wire.request("sessions.get", {"sessionId": session}))["session"]
+            assert (await wire.response(asked))["payload"]["run"]["status"] == "waiting_approval"
+            assert (found["status"], found["activeRunId"]) == ("waiting_approval", run["runId"])
+
+
 async def test_a_rejection_is_told_to_the_model_with_its_comment(open_house: Open) -> None:
     async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
         approval = await waiting(home, wire)

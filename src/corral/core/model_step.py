@@ -24,7 +24,7 @@ from corral.core.context import budget, fit
 from corral.core.ending import completed, end_run, record_result
 from corral.core.judge import binding_of, question
 from corral.core.limits import Limits, call_of, limits_of
-from corral.core.state import Deps, Fence, Loaded, policy_of
+from corral.core.state import Deps, Fence, Loaded, park, policy_of
 from corral.executor.api import CallContext, ToolOutcome
 from corral.governance.budgets import day_of, limits_days, reserve, settle
 from corral.governance.facts import CallFacts
@@ -54,13 +54,14 @@ DEFAULT_PROMPT = (
 
 
 class _Journalled(Struct, kw_only=True):
-    """What the commit of a message came to; `answer` is set if it ended the run."""
+    """What the commit of a message came to; `answer` is set if it ended the run, `parked` if it waits for people."""
 
     version: int
     open_calls: list[ToolRunRow]
     approvals: dict[str, ApprovalRow]
     results: list[ToolMessage]
     answer: AgentAbortResult | None
+    parked: bool = False
 
 
 class ModelStep:
@@ -72,7 +73,11 @@ class ModelStep:
         self._on_end = on_end
 
     async def take(self, state: Loaded, context: CallContext) -> bool:
-        """One model message, streamed and journalled; without tool calls it ends the run. Says whether it did."""
+        """One model message, streamed and journalled.
+
+        Without tool calls it ends the run, and where every call that may run waits for a person it parks it.
+        Says whether it did either: then there is nothing left to drive.
+        """
         day = day_of(self._deps.clock.now_ms())
         finished, message_id = await self._ask(state, day)
         return await self._journal(state, context, finished, message_id, day)
@@ -169,6 +174,10 @@ class ModelStep:
             done.version = entry.version
             if not calls:
                 done.answer = end_run(tx, self._deps, run, completed(message.text), now)
+            elif done.open_calls and all(call.id in done.approvals for call in done.open_calls):
+                # In this commit, so that who hears of the question never finds the run still running.
+                park(tx, run, now)
+                done.parked = True
             return done
 
         def told(done: _Journalled) -> None:
@@ -180,7 +189,7 @@ class ModelStep:
         state.session.state_version = done.version
         state.messages += [message, *done.results]
         state.open_calls, state.approvals = done.open_calls, done.approvals
-        return done.answer is not None
+        return done.answer is not None or done.parked
 
     def _questions(self, candidates: Sequence[Candidate], context: CallContext, run: RunRow) -> list[CallFacts | None]:
         return [

@@ -20,7 +20,7 @@ from corral.governance.policy import EffectivePolicy, effective_policy
 from corral.ids import Ids
 from corral.models.api import Message, Models
 from corral.protocol.errors import PolicyDenied
-from corral.protocol.types import RunStatus
+from corral.protocol.types import RunStatus, SessionStatus
 from corral.storage.api import Store, StoreUnavailable
 from corral.storage.repositories import Transaction
 from corral.storage.rows import AgentRow, ApprovalRow, RunRow, SessionRow, ToolRunRow
@@ -139,6 +139,13 @@ def folder_of(options: RunOptions, tenant_id: str, workspace_id: str, session: S
     if folder.resolve() != folder or not any(folder == root or root in folder.parents for root in options.roots):
         raise PolicyDenied("the session's folder is no longer inside the roots that the server allows")
     return folder
+
+
+def park(tx: Transaction, run: RunRow, now_ms: int) -> None:
+    """Leave a run to the people that it waits for: owned by nobody, holding no place."""
+    waiting = str(RunStatus.WAITING_APPROVAL)
+    tx.runs.update(run.tenant_id, run.id, status=waiting, waiting_since=now_ms, lease_expires_at=None)
+    tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.WAITING_APPROVAL))
 
 
 class Fence:

@@ -10,11 +10,11 @@ from msgspec import Struct
 from corral.core.calls import changed_since, interrupted, not_approved, refused, result_message
 from corral.core.ending import record_result
 from corral.core.judge import args_hash, binding_of, current, question
-from corral.core.state import Deps, Fence, LeaseLost, Loaded, open_calls_of, policy_of
+from corral.core.state import Deps, Fence, LeaseLost, Loaded, open_calls_of, park, policy_of
 from corral.executor.api import Call, CallContext, ToolOutcome
 from corral.governance.policy import EffectivePolicy
 from corral.models.api import AssistantMessage
-from corral.protocol.types import ApprovalStatus, RunStatus, SessionStatus
+from corral.protocol.types import ApprovalStatus
 from corral.storage.repositories import Transaction
 from corral.storage.rows import ApprovalRow, ToolRunRow
 
@@ -158,10 +158,7 @@ class ToolStep:
             calls, approvals = open_calls_of(tx, state.run)
             if any(not _waits(approvals.get(call.id)) for call in calls):
                 return calls, approvals
-            run = state.run
-            waiting = str(RunStatus.WAITING_APPROVAL)
-            tx.runs.update(run.tenant_id, run.id, status=waiting, waiting_since=now, lease_expires_at=None)
-            tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.WAITING_APPROVAL))
+            park(tx, state.run, now)
             return None
 
         decided = await self._fence.commit(unit)
