@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.core.conftest import Open, allow
 from tests.support import needs
-from tests.support.house import House
+from tests.support.house import House, house
 from tests.support.model_server import CallTools, LengthInToolCall, Say, Slow, conversation
 
 
@@ -252,3 +253,45 @@ async def test_what_an_owner_writes_whose_lease_was_taken_over_is_not_written(op
         history = await wire.request("sessions.history", {"sessionId": "s1"})
         assert [item["event"] for item in history["items"]] == ["session.updated", "agent.accepted"]
         assert (await wire.request("runs.get", {"runId": run["runId"]}))["run"]["status"] == "running"
+
+
+class Ticking:
+    """A clock on which no two looks show the same time."""
+
+    def __init__(self) -> None:
+        self._ms = time.time_ns() // 1_000_000
+
+    def now_ms(self) -> int:
+        self._ms += 1
+        return self._ms
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+async def test_a_session_made_by_a_run_is_no_older_than_its_last_change(tmp_path: Path) -> None:
+    async with house(tmp_path, clock=Ticking()) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        history = await wire.request("sessions.history", {"sessionId": run["sessionId"], "limit": 1, "afterId": 0})
+        made = history["items"][0]["payload"]["session"]
+        assert made["createdAt"] == made["updatedAt"]
+
+
+async def test_an_end_between_the_look_at_a_run_and_the_wait_for_it_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(tmp_path, script=[Slow(0.3)]) as home, await home.wire() as wire:
+        core, read = home.server.core, home.server.store.read
+        run = await wire.effect("agent.run", input="go")
+        await home.model.wait(lambda: len(home.model.requests) == 1)
+
+        async def told_late(query: Any) -> Any:
+            found = await read(query)
+            if not wire.durable or wire.durable[-1]["event"] != "agent.completed":
+                await wire.event("agent.completed")
+            return found
+
+        monkeypatch.setattr(home.server.store, "read", told_late)
+        async with asyncio.timeout(40):
+            await core.wait_run("t_default", run["runId"], 1000)
+        assert core._ended == {}

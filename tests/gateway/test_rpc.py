@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from corral.core.service import CoreService
 from tests.support.house import TOKEN, House, house
 from tests.support.model_server import CallTools, Hang, Say
 from tests.support.wire import new_key, rpc
@@ -135,6 +136,30 @@ async def test_wait_ms_bounds_the_wait_and_zero_does_not_wait(tmp_path: Path) ->
             async with asyncio.timeout(30):
                 answer = await rpc(home.url, "agent.run", params, token=TOKEN)
             assert [event["event"] for event in answer.events] == ["agent.accepted"]
+
+
+async def test_a_replay_after_a_restart_waits_for_the_run_to_be_taken_up_and_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recover, may_recover = CoreService.recover, asyncio.Event()
+
+    async def held_back(core: CoreService) -> int:
+        await may_recover.wait()
+        return await recover(core)
+
+    params = {"input": "hi", "idempotencyKey": new_key(), "sessionId": "s_left"}
+    async with house(tmp_path, script=[Hang()]) as home:
+        await rpc(home.url, "agent.run", {**params, "waitMs": 0}, token=TOKEN)
+        await home.model.wait(lambda: len(home.model.requests) == 1)
+    monkeypatch.setattr(CoreService, "recover", held_back)
+    async with house(tmp_path, script=[Say("at last")]) as home:
+        asking = asyncio.create_task(rpc(home.url, "agent.run", params, token=TOKEN))
+        while not (home.server.core._ended or asking.done()):  # noqa: ASYNC110  (who waits for a run tells nobody)
+            await asyncio.sleep(0.01)
+        may_recover.set()
+        answer = await asking
+        names = ["agent.accepted", "agent.resumed", "agent.message", "agent.completed"]
+        assert [event["event"] for event in answer.events] == names
 
 
 async def test_the_run_goes_on_when_the_client_hangs_up(tmp_path: Path) -> None:

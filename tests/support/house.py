@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from corral.clock import Clock
 from corral.config import Settings
 from corral.gateway.options import GatewayOptions
 from corral.server import Server
@@ -78,6 +79,7 @@ async def house(
     script: Script = default_brain,
     options: GatewayOptions | None = None,
     environment: Mapping[str, str] | None = None,
+    clock: Clock | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
     """Start a model server and a Corral over `data_dir`; stop both at the end.
@@ -93,5 +95,5 @@ async def house(
         for name in ("ANTHROPIC", "GOOGLE_GEMINI"):
             environ[f"{name}_BASE_URL"] = model.root_url
         environ.update(environment or {})
-        async with Server(given, options=options, environ=environ) as server:
+        async with Server(given, clock=clock, options=options, environ=environ) as server:
             yield House(server, model)

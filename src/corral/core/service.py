@@ -175,7 +175,7 @@ class CoreService:
         busy = {"status": str(SessionStatus.RUNNING), "active_run_id": prepared.run_id, "preview": cut_preview(text)}
         if session is None:
             agent_id = params.agent_id if params.agent_id is not UNSET else "a_default"
-            row = self._sessions.new_row(caller, prepared.session_id, require_agent(tx, caller, agent_id))
+            row = self._sessions.new_row(caller, prepared.session_id, require_agent(tx, caller, agent_id), now)
             row = msgspec.structs.replace(row, title=cut_title(text), **busy)
             if params.runtime_mode is not UNSET:
                 row.runtime_mode = params.runtime_mode
@@ -220,16 +220,33 @@ class CoreService:
             raise NotFound("there is no such run")
         return row.accepted_version
 
-    async def wait_run(self, _tenant_id: str, run_id: str, timeout_s: float) -> None:
-        """Return when the run has ended or waits for a person, or after `timeout_s` seconds."""
-        ended = self._ended.get(run_id)
-        if ended is None or timeout_s <= 0:
-            return
+    async def wait_run(self, tenant_id: str, run_id: str, timeout_s: float) -> None:
+        """Return when the run has ended or waits for a person, or after `timeout_s` seconds.
+
+        A run that nobody drives at this moment (a decision has just been taken, or recovery has not come to it
+        yet) is waited for too. Raises StoreUnavailable.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                await ended.wait()
+                while not await self._rests_or_left(tenant_id, run_id):
+                    pass
         except TimeoutError:
             return
+
+    async def _rests_or_left(self, tenant_id: str, run_id: str) -> bool:
+        """Whether nothing goes on in the run; if something does, False when its loop has left it."""
+        # Taken before the store is asked: a loop that leaves in between sets this very event.
+        ended = self._ended.setdefault(run_id, asyncio.Event())
+        try:
+            if await self._deps.store.read(partial(_at_rest, tenant_id, run_id)):
+                return True
+            await ended.wait()
+            return False
+        finally:
+            if run_id not in self._active and self._ended.get(run_id) is ended:
+                # Nobody is there to set it. Others who wait for it look again.
+                del self._ended[run_id]
+                ended.set()
 
     # ---- abort
 
@@ -454,6 +471,12 @@ class CoreService:
 def _unfinished(after: tuple[int, str] | None, tx: Transaction) -> list[tuple[RunRow, bool]]:
     """The next unfinished runs, each with whether there is nothing to do for it but wait."""
     return [(row, _idle(tx, row)) for row in tx.runs.unfinished(_RECOVERY_BATCH, after)]
+
+
+def _at_rest(tenant_id: str, run_id: str, tx: Transaction) -> bool:
+    """Whether the run has ended (or was deleted), or nothing is to be done in it before a person decides."""
+    run = tx.runs.get(tenant_id, run_id)
+    return run is None or RunStatus(run.status).terminal or _idle(tx, run)
 
 
 def _idle(tx: Transaction, run: RunRow) -> bool:

@@ -62,7 +62,7 @@ class SessionMethods:
 
     def create(self, tx: Transaction, caller: Caller, params: SessionsCreateParams) -> SessionResult:
         agent_id = require_agent(tx, caller, params.agent_id if params.agent_id is not UNSET else DEFAULT_AGENT)
-        row = self.new_row(caller, self._ids.new("s"), agent_id)
+        row = self.new_row(caller, self._ids.new("s"), agent_id, self._clock.now_ms())
         if params.session_key is not UNSET:
             row.session_key = _checked_key(params.session_key, caller.workspace_id, agent_id)
         if params.title is not UNSET:
@@ -81,9 +81,8 @@ class SessionMethods:
         """Audit what the caller did with a session."""
         self._audit.record_by(tx, caller, action, "session", row.id, metadata=metadata, session_id=row.id)
 
-    def new_row(self, caller: Caller, session_id: str, agent_id: str) -> SessionRow:
+    def new_row(self, caller: Caller, session_id: str, agent_id: str, now_ms: int) -> SessionRow:
         """A session of the caller's with the defaults, not yet inserted."""
-        now = self._clock.now_ms()
         return SessionRow(
             tenant_id=caller.tenant_id,
             id=session_id,
@@ -95,8 +94,8 @@ class SessionMethods:
             title="",
             preview="",
             runtime_mode="local",
-            created_at=now,
-            updated_at=now,
+            created_at=now_ms,
+            updated_at=now_ms,
         )
 
     def update(self, tx: Transaction, caller: Caller, params: SessionsUpdateParams) -> SessionResult:
