@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from pathlib import Path
 
@@ -23,6 +24,16 @@ async def status(url: str) -> tuple[int, str]:
 async def test_health_and_readiness_need_no_token_and_tell_no_detail(home: House) -> None:
     assert await status(f"{home.url}/healthz") == (200, '{"status": "ok"}')
     assert await status(f"{home.url}/readyz") == (200, '{"status": "ready"}')
+
+
+async def test_health_and_readiness_are_read_and_nothing_else(home: House) -> None:
+    async with aiohttp.ClientSession() as session:
+        for path in ("/healthz", "/readyz"):
+            async with session.head(home.url + path) as response:
+                assert (response.status, await response.read()) == (200, b"")
+            for verb in ("POST", "PUT", "DELETE", "OPTIONS"):
+                async with session.request(verb, home.url + path) as response:
+                    assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
 async def test_drain_closes_every_socket_with_1012_and_readiness_says_no(home: House) -> None:
@@ -105,3 +116,16 @@ async def test_a_store_that_cannot_write_makes_the_server_not_ready(tmp_path: Pa
         assert (await status(f"{home.url}/healthz"))[0] == 200
         answer = await rpc(home.url, "sessions.list", {}, token=TOKEN)
         assert (answer.status, answer.code) == (503, "UNAVAILABLE")
+
+
+async def test_a_store_that_does_not_get_its_row_written_in_time_makes_the_server_not_ready(tmp_path: Path) -> None:
+    options = GatewayOptions(readiness_cache=0.0, readiness_wait=0.1)
+    async with house(tmp_path, options=options) as home:
+        with sqlite3.connect(tmp_path / "corral.db", isolation_level=None) as another:
+            another.execute("BEGIN IMMEDIATE")
+            assert (await status(f"{home.url}/readyz"))[0] == 503
+            another.execute("ROLLBACK")
+        another.close()
+        async with asyncio.timeout(60):
+            while (await status(f"{home.url}/readyz"))[0] != 200:  # noqa: ASYNC110  (it is asked over the wire)
+                await asyncio.sleep(0.05)

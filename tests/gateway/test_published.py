@@ -60,6 +60,7 @@ async def test_a_page_needs_a_token_first_and_get_then(home: House, path: str) -
             assert (status, json.loads(text)["error"]["code"]) == (401, "UNAUTHORIZED")
     assert (await page(home, path, verb="POST"))[0] == 405
     assert (await page(home, path))[0] == 200
+    assert (await page(home, path, verb="HEAD"))[::2] == (200, "")
 
 
 async def test_the_schema_is_the_one_that_the_code_has(home: House) -> None:

@@ -7,6 +7,7 @@ import logging
 from functools import partial
 
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
 
 from corral.bus.api import Bus
 from corral.clock import Clock
@@ -178,13 +179,23 @@ class Gateway:
         router.add_route("*", "/metrics", published.metrics)
         router.add_route("*", "/schema/protocol.json", published.schema)
         router.add_route("*", "/openapi.json", published.openapi)
-        router.add_get("/healthz", self._health.healthz)
-        router.add_get("/readyz", self._health.readyz)
+        router.add_route("*", "/healthz", self._read_only(self._health.healthz))
+        router.add_route("*", "/readyz", self._read_only(self._health.readyz))
         router.add_route("*", "/{rest:.*}", self._nowhere)
         return application
 
     async def _nowhere(self, request: web.Request) -> web.StreamResponse:
         return self._door.refusal(request, Refused(404, NotFound("there is nothing here")))
+
+    def _read_only(self, handler: Handler) -> Handler:
+        """The handler, for GET and HEAD alone."""
+
+        async def read(request: web.Request) -> web.StreamResponse:
+            if request.method in (hdrs.METH_GET, hdrs.METH_HEAD):
+                return await handler(request)
+            return self._door.refusal(request, Refused(405, InvalidRequest("this is read with GET"), allow="GET, HEAD"))
+
+        return read
 
     async def _upgrade(self, request: web.Request) -> web.StreamResponse:
         """`GET /ws`. Host and Origin are checked; who it is comes with `connect`."""

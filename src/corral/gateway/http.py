@@ -175,7 +175,7 @@ class Health:
     def __init__(self, store: Store, clock: Clock, options: GatewayOptions, draining: asyncio.Event) -> None:
         self._store = store
         self._clock = clock
-        self._cache_s = options.readiness_cache
+        self._cache_s, self._wait_s = options.readiness_cache, options.readiness_wait
         self._draining = draining
         self._lock = asyncio.Lock()
         self._checked: tuple[float, bool] | None = None
@@ -193,8 +193,9 @@ class Health:
             now = self._clock.monotonic()
             if self._checked is None or now - self._checked[0] >= self._cache_s:
                 try:
-                    writable = await self._store.check_writable()
-                except StoreUnavailable:
+                    async with asyncio.timeout(self._wait_s):
+                        writable = await self._store.check_writable()
+                except (StoreUnavailable, TimeoutError):
                     writable = False
                 self._checked = (self._clock.monotonic(), writable)
             return self._checked[1]

@@ -47,3 +47,5 @@ class GatewayOptions(Struct, kw_only=True, frozen=True):
     # How often the tokens of open connections are looked at again: revoked and expired ones close (4401).
     token_recheck: float = 5.0
     readiness_cache: float = 1.0
+    # What takes longer than this to write a row counts as a store that cannot write.
+    readiness_wait: float = 5.0

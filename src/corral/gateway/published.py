@@ -34,8 +34,8 @@ class Published:
     async def _serve(self, request: web.Request, page: Callable[[], tuple[bytes, str]]) -> web.Response:
         try:
             await self._door.admit(request)
-            if request.method != hdrs.METH_GET:
-                raise Refused(405, InvalidRequest("this is read with GET"), allow="GET")
+            if request.method not in (hdrs.METH_GET, hdrs.METH_HEAD):
+                raise Refused(405, InvalidRequest("this is read with GET"), allow="GET, HEAD")
         except Refused as refused:
             return self._door.refusal(request, refused)
         body, kind = page()
