@@ -188,7 +188,7 @@ async def test_edited_arguments_that_are_wrong_or_denied_leave_the_approval_pend
         base = {"approvalId": approval["approvalId"], "decision": "approve"}
         wrong = await wire.call("approval.resolve", {**base, "args": {"path": 7}, "idempotencyKey": "a"})
         assert wrong["error"]["code"] == "INVALID_REQUEST"
-        assert "$.params.args" in wrong["error"]["message"]
+        assert wrong["error"]["message"].startswith("$.params.args.path: ")
         await allow(home, {"tools": {"file.write": "deny"}})
         args = {"path": "b", "content": "c"}
         denied = await wire.call("approval.resolve", {**base, "args": args, "idempotencyKey": "b"})

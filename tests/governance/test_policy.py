@@ -241,7 +241,7 @@ async def test_a_stale_expected_version_is_a_conflict_that_tells_the_version(sto
     [
         ({"toolDefault": "maybe"}, "$.params.patch.toolDefault"),
         ({"tools": {"x": "yes"}}, "$.params.patch.tools"),
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1}, "`nonsense` - at `$.params.patch`"),
         ({"limits": {"maxStepsPerRun": 0}}, "$.params.patch.limits.maxStepsPerRun"),
         ({"rules": [{"id": "r", "tools": ["*"], "action": "deny", "when": "("}]}, "$.params.patch.rules[0].when"),
         ({"limits": {"perDay": {"steps": -1}}}, "$.params.patch.limits.perDay.steps"),

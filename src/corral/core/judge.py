@@ -47,6 +47,14 @@ def binding_of(spec: ToolSpec, args: dict[str, Any], context: CallContext, polic
     )
 
 
+def _of_params(problem: str) -> str:
+    """What is wrong with arguments, with its field named as the request has it."""
+    if problem.startswith("$."):
+        field, _, rest = problem.partition(": ")
+        return f"$.params.args{field.removeprefix('$')}: {rest}"
+    return f"$.params.args: {problem}"
+
+
 class Rejudge:
     """Judges arguments that a person has edited, as if the model had sent them."""
 
@@ -58,7 +66,7 @@ class Rejudge:
         problem = self._executor.check(row.tool_name, args)
         spec = self._executor.spec(row.tool_name)
         if problem is not None or spec is None:
-            raise InvalidRequest(f"$.params.args: {problem or 'there is no such tool any more'}")
+            raise InvalidRequest(_of_params(problem or "there is no such tool any more"))
         run = tx.runs.get(row.tenant_id, row.run_id)
         session = tx.sessions.get(row.tenant_id, row.session_id)
         if run is None or session is None:

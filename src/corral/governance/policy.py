@@ -511,7 +511,8 @@ def _patched(document: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     try:
         checked = msgspec.convert(result, PolicyDocument)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error).replace("`$", "`$.params.patch")) from None
+        problem = str(error) if " - at `$" in str(error) else f"{error} - at `$`"
+        raise InvalidRequest(problem.replace("`$", "`$.params.patch")) from None
     if "rules" in patch:
         check_rules(checked.rules, patch["rules"] or [])
     return result
