@@ -238,6 +238,18 @@ async def test_an_image_in_the_input_reaches_the_model(open_house: Open) -> None
         assert content[1]["image_url"]["url"] == "data:image/png;base64,aGk="
 
 
+async def test_an_input_that_says_and_shows_nothing_is_refused_in_either_form(open_house: Open) -> None:
+    nothing = {"type": "text", "text": " \n"}
+    async with open_house([Say("a picture")]) as home, await home.wire() as wire:
+        for given in (" \n", [nothing], [nothing, {"type": "text", "text": ""}]):
+            refused = await wire.call("agent.run", {"input": given, "idempotencyKey": "k"})
+            assert refused["error"]["code"] == "INVALID_REQUEST"
+            assert refused["error"]["message"].startswith("$.params.input ")
+        image = {"type": "image", "mimeType": "image/png", "data": "aGk="}
+        await wire.request("agent.run", {"input": [nothing, image], "idempotencyKey": "k"})
+        await wire.event("agent.completed")
+
+
 async def test_what_an_owner_writes_whose_lease_was_taken_over_is_not_written(open_house: Open) -> None:
     async with open_house([Slow(0.5, Say("too late"))]) as home, await home.wire() as wire:
         run = await wire.effect("agent.run", input="go", sessionId="s1")

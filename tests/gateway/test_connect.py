@@ -99,14 +99,23 @@ async def test_the_workspace_is_the_one_asked_for_or_the_first(home: House) -> N
 
 
 @pytest.mark.parametrize(
-    "versions", [{"min": "2"}, {"max": "0.9"}, {"min": "1.0.1", "max": "2"}, {"min": 2, "max": 3}, {"min": "one"}]
+    "versions", [{"min": "2"}, {"max": "0.9"}, {"min": "1.0.1", "max": "2"}, {"min": 2.0, "max": 3}, {"min": "one"}]
 )
 async def test_a_range_without_this_version_is_an_invalid_request_and_4409(home: House, versions: Any) -> None:
     assert await refused(home, auth={"token": TOKEN}, protocol=versions) == ("INVALID_REQUEST", 4409)
 
 
 @pytest.mark.parametrize(
-    "versions", [{}, {"min": "1", "max": "1"}, {"min": 1, "max": 1}, {"min": "0.1"}, {"max": "1.0"}, {"max": "1.0.0"}]
+    "versions",
+    [
+        {},
+        {"min": "1", "max": "1"},
+        {"min": 1, "max": 1},
+        {"min": 1.0, "max": 1.0},
+        {"min": "0.1"},
+        {"max": "1.0"},
+        {"max": "1.0.0"},
+    ],
 )
 async def test_a_range_with_this_version_connects(home: House, versions: Any) -> None:
     async with await home.wire(protocol=versions) as wire:

@@ -498,6 +498,8 @@ def _check_input(given: Input) -> None:
         if not given.strip():
             raise InvalidRequest("$.params.input is empty: say what the agent should do")
         return
+    if not any(isinstance(part, ImagePart) or part.text.strip() for part in given):
+        raise InvalidRequest("$.params.input is empty: say what the agent should do")
     for index, part in enumerate(given):
         if isinstance(part, ImagePart):
             try:

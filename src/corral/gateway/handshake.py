@@ -188,7 +188,7 @@ def check_version(asked: ProtocolRange | UnsetType) -> None:
         raise UnsupportedVersion(f"$.params.protocol leaves out {PROTOCOL_VERSION}, the version spoken here")
 
 
-def _parse(version: str | int, filling: int) -> tuple[int, int, int] | None:
+def _parse(version: str | float, filling: int) -> tuple[int, int, int] | None:
     found = _VERSION.fullmatch(str(version))
     if found is None:
         return None

@@ -66,10 +66,10 @@ class ConnectAuth(Wire, kw_only=True, frozen=True):
 
 
 class ProtocolRange(Wire, kw_only=True, frozen=True):
-    """Protocol versions that the client speaks: `1`, `1.0` or `1.0.0`, or the major as a number."""
+    """Protocol versions that the client speaks: `"1"`, `"1.0"` or `"1.0.0"`, or a number."""
 
-    min: str | int | UnsetType = UNSET
-    max: str | int | UnsetType = UNSET
+    min: str | int | float | UnsetType = UNSET
+    max: str | int | float | UnsetType = UNSET
 
 
 class ConnectParams(Params, kw_only=True, frozen=True):
