@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from corral.executor.api import Call, CallContext, ToolOutcome
+from corral.executor.local import LocalDriver
+from corral.executor.processes import Prepared
 from corral.executor.service import Executor
 
 
@@ -46,6 +49,38 @@ class Bench:
 
     async def bash(self, command: str, **args: Any) -> ToolOutcome:
         return await self.call("bash.exec", command=command, **args)
+
+
+class ReadyBench(Bench):
+    """Gives each command a session of its own, with a sandbox that was made ready for it and is then used."""
+
+    def on(self, **changes: Any) -> Bench:
+        kind = Bench if changes.get("bash_mode") == "host" else ReadyBench
+        return kind(self.executor, self.root, **(self.changes | changes))
+
+    async def bash(self, command: str, **args: Any) -> ToolOutcome:
+        bench = Bench(self.executor, self.root, **(self.changes | {"session_id": f"s_{uuid.uuid4().hex}"}))
+        prepared = await make_ready(bench)
+        try:
+            return await bench.bash(command, **args)
+        finally:
+            assert prepared not in local_driver(self.executor)._processes._prepared
+
+
+def local_driver(executor: Executor) -> LocalDriver:
+    driver = executor._drivers["local"]
+    assert isinstance(driver, LocalDriver)
+    return driver
+
+
+async def make_ready(bench: Bench) -> Prepared:
+    """Have a sandbox made ready for the next command of the session, as the end of one does."""
+    ready, about = local_driver(bench.executor)._ready, context(bench.root, **bench.changes)
+    ready.prepare(["bash", "--noprofile", "--norc", "-c", "--"], about)  # as `LocalDriver` starts one
+    waiting = ready._waiting[about.tenant_id, about.session_id]
+    await until(lambda: waiting.prepared is not None, "a sandbox is ready")
+    assert waiting.prepared is not None
+    return waiting.prepared
 
 
 def processes_with(marker: str) -> list[int]:

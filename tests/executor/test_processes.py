@@ -18,7 +18,7 @@ import pytest
 from corral.executor.launcher import GO_FD, STATUS_FD
 from corral.executor.processes import Processes, Program
 from corral.executor.service import Executor
-from tests.executor.make import Bench, processes_with, until
+from tests.executor.make import Bench, ReadyBench, processes_with, until
 from tests.support import needs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -35,10 +35,12 @@ WAYS_TO_LIVE_ON = {
 }
 
 
-@pytest.fixture(params=["sandbox", "host"])
+@pytest.fixture(params=["sandbox", "ready", "host"])
 async def place(request: pytest.FixtureRequest, bench: Bench) -> Bench:
-    if request.param == "sandbox":
+    if request.param != "host":
         needs.bubblewrap()
+    if request.param == "ready":
+        return ReadyBench(bench.executor, bench.root)
     return bench.on(bash_mode=request.param)
 
 

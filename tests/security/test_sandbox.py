@@ -17,7 +17,7 @@ import pytest
 
 from corral.executor.sandbox import LIMITS, command_line, environment
 from corral.executor.service import Executor
-from tests.executor.make import Bench
+from tests.executor.make import Bench, ReadyBench
 from tests.support import needs
 
 SECRET = "canary-7c1d"
@@ -36,14 +36,15 @@ GATEWAY_ENV = {
 }
 
 
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+@pytest.fixture(params=[Bench, ReadyBench], ids=["fresh", "made ready"])
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    """Commands in a sandbox that is started for them, and in one that waited for them."""
     needs.bubblewrap()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "token").write_text(SECRET)
     (tmp_path / "work").mkdir()
     executor = Executor(environ=GATEWAY_ENV, data_dir=tmp_path / "data")
-    yield Bench(executor, tmp_path / "work")
+    yield request.param(executor, tmp_path / "work")
     await executor.close()
 
 

@@ -17,10 +17,12 @@ server forks a *supervisor*, which reads what to run from the call's own control
 and answers on it. The control socket's end, for whatever reason, means: kill everything.
 
 Messages on the control socket are JSON behind a four-byte big-endian length.
-Request:  {"argv": [str], "env": {str: str}, "cwd": str, "limits": {"NPROC": int, …}, "sandbox": bool}
-Answer:   {"exit": int|null, "error": int|null, "started": bool, "leftover": ["PID: COMMAND"]}
+Request:  {"argv": [str], "env": {str: str}, "cwd": str, "limits": {"NPROC": int, …}, "sandbox": bool, "held": bool}
+Then, for a held one, once: {"text": str}
+Answer:   {"exit": int|null, "error": int|null, "started": bool, "given": bool, "leftover": ["PID: COMMAND"]}
 `exit` is the status as a shell gives it (128 + signal); `error` an errno of execve or of what
-comes before it; `started` is false if bubblewrap gave up before it started the command.
+comes before it; `started` is false if bubblewrap gave up before it started the command. A held sandbox is
+set up and then reads from descriptor HELD_FD, to a NUL, what it shall run; `given` is false if it never got that.
 """
 
 import fcntl
@@ -41,6 +43,8 @@ uninterruptible sleep, or one that became another user)."""
 STATUS_FD = 3
 GO_FD = 4
 """Where bubblewrap is told to write its status and to wait for the go-ahead; see `sandbox.py`."""
+HELD_FD = 5
+"""Where a held sandbox reads its command."""
 
 
 def serve(connection: socket.socket) -> None:
@@ -90,7 +94,7 @@ def supervise(descriptors: list[int], libc: Any) -> None:
     for descriptor in descriptors[1:]:
         os.close(descriptor)
     if failure:
-        send(control, {"exit": None, "error": failure, "started": False, "leftover": []})
+        send(control, {"exit": None, "error": failure, "started": False, "given": False, "leftover": []})
         return
     job.watch(control, wake_read)
     send(control, job.answer())
@@ -112,6 +116,8 @@ class Job:
         self.exit: int | None = None
         self.status_read = -1
         self.go_write = -1
+        self.held_write = -1
+        self.given = not request["held"]
         self.status_text = b""
         self.let_go = False
         self.left: list[str] = []
@@ -120,11 +126,14 @@ class Job:
     def start(self) -> int:
         """Fork and exec; 0, or the errno of what failed. The program has begun when this returns."""
         passed = list(self.descriptors)
-        status_write = go_read = -1
+        status_write = go_read = held_read = -1
         if self.request["sandbox"]:
             self.status_read, status_write = os.pipe()
             go_read, self.go_write = os.pipe()
             passed = [*self.descriptors[:2], status_write, go_read, *self.descriptors[2:]]
+        if self.request["held"]:
+            held_read, self.held_write = os.pipe()
+            passed.append(held_read)
         report_read, report_write = os.pipe()
         try:
             self.pid = os.fork()
@@ -139,7 +148,7 @@ class Job:
                 os.write(report_write, b"22")
             finally:
                 os._exit(127)
-        for descriptor in (report_write, status_write, go_read):
+        for descriptor in (report_write, status_write, go_read, held_read):
             if descriptor >= 0:
                 os.close(descriptor)
         # Ends without a byte when execve closed the other end.
@@ -197,11 +206,28 @@ class Job:
             except OSError as error:
                 self.error = error.errno or 1  # no limits, no run
                 break
-            if control.fileno() in ready:
-                break  # the gateway writes nothing here: this is its word to kill, or its death
+            if control.fileno() in ready and not self.give(control):
+                break  # the gateway writes nothing else here: this is its word to kill, or its death
         self.kill_all()
         while self.status_read >= 0 and self.read_status():
             continue
+
+    def give(self, control: socket.socket) -> bool:
+        """Hand a held program what it waits for, once; False if the gateway has something else to say, or is gone."""
+        if self.given:
+            return False
+        message = receive(control)
+        if message is None:
+            return False
+        try:
+            # The pipe is empty and takes it at once (the gateway sees to the size). The NUL is how the reader
+            # knows that it has the whole: half a command must not run if this process dies here.
+            os.write(self.held_write, message["text"].encode() + b"\0")
+        except BrokenPipeError:
+            return True  # nobody reads any more: its end will be noticed next, with nothing given
+        os.close(self.held_write)
+        self.given = True
+        return True
 
     def read_status(self) -> bool:
         """Take in what bubblewrap says; False at its end. Lets it go on once its limits are set."""
@@ -259,8 +285,16 @@ class Job:
             pause = min(pause * 2, 0.02)
 
     def answer(self) -> dict[str, Any]:
-        started = not self.request["sandbox"] or b'"exit-code"' in self.status_text
-        return {"exit": self.exit, "error": self.error, "started": started, "leftover": self.left}
+        # bubblewrap reports its command's end, unless somebody killed it: then the command may well have run.
+        killed = self.let_go and self.exit is not None and self.exit > 128
+        started = not self.request["sandbox"] or b'"exit-code"' in self.status_text or killed
+        return {
+            "exit": self.exit,
+            "error": self.error,
+            "started": started,
+            "given": self.given,
+            "leftover": self.left,
+        }
 
 
 def lowered(present: tuple[int, int], wanted: int) -> tuple[int, int]:

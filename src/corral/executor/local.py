@@ -17,7 +17,8 @@ from corral.executor.catalogue import Arguments
 from corral.executor.files import Files
 from corral.executor.http import Fetcher
 from corral.executor.output import Result, joined
-from corral.executor.processes import Ended, LauncherLost, Processes, Program
+from corral.executor.processes import Ended, LauncherLost, Prepared, Processes, Program
+from corral.executor.ready import ReadySandboxes
 from corral.executor.sandbox import LIMITS, SEARCH_PATH, Sandbox
 from corral.protocol.errors import ErrorCode, LimitReached, SandboxUnavailable, ToolExecFailed
 
@@ -43,6 +44,7 @@ class LocalDriver:
         directory); `sandbox_path` is where bubblewrap is looked for, by default the gateway's PATH."""
         self._processes = Processes()
         self._sandbox = Sandbox(self._processes, environ=environ, hidden=hidden, search_path=sandbox_path)
+        self._ready = ReadySandboxes(self._processes, self._sandbox)
         self._host_env = {name: value for name, value in environ.items() if name in _HOST_ENV or name.startswith("LC_")}
         self._host_env.setdefault("PATH", SEARCH_PATH)
         # Threads of its own: a slow disk must not use up those that the rest of the gateway shares.
@@ -85,6 +87,7 @@ class LocalDriver:
         return alive
 
     async def close(self) -> None:
+        await self._ready.close()
         await self._processes.close()
         await self._fetcher.close()
         await asyncio.to_thread(self._threads.shutdown)
@@ -93,15 +96,39 @@ class LocalDriver:
         path = self._host_env["PATH"] if context.bash_mode == "host" else SEARCH_PATH
         # Without start-up files: what the workspace or a home folder holds must not run unasked. `--` ends
         # the options, so that a text beginning with a dash is a command like any other.
-        shell = ["bash", "--noprofile", "--norc"] if shutil.which("bash", path=path) else ["sh"]
-        return await self._run([*shell, "-c", "--", args.command], args.timeout_ms, context)
+        bash = shutil.which("bash", path=path) is not None
+        shell = [*(["bash", "--noprofile", "--norc"] if bash else ["sh"]), "-c", "--"]
+        if not bash or context.bash_mode == "host":
+            return await self._run([*shell, args.command], args.timeout_ms, context)
+        prepared = self._ready.take(shell, args.command, context)
+        if prepared is None:
+            result = await self._run([*shell, args.command], args.timeout_ms, context)
+        else:
+            result = await self._in_prepared(prepared, [*shell, args.command], args.timeout_ms, context)
+        # Once a session has run a command it is likely to run another.
+        self._ready.prepare(shell, context)
+        return result
+
+    async def _in_prepared(
+        self, prepared: Prepared, argv: list[str], wanted_ms: int | None, context: CallContext
+    ) -> Result:
+        """Like `_run`, in a sandbox that waits for the last of `argv`."""
+        timeout_ms = _timeout_ms(wanted_ms, context)
+        try:
+            ended = await self._processes.run_prepared(prepared, argv[-1], timeout_ms / 1000)
+        except LauncherLost as error:
+            raise self._lost(error, context) from error
+        if not ended.given:
+            # It ended before it had the command: nothing was run, and it is as if there had been no sandbox ready.
+            return await self._run(argv, wanted_ms, context)
+        return self._result(ended, prepared.program, timeout_ms)
 
     async def _process(self, args: catalogue.ProcessExec, context: CallContext) -> Result:
         return await self._run(args.argv, args.timeout_ms, context)
 
     async def _run(self, argv: list[str], wanted_ms: int | None, context: CallContext) -> Result:
         """The one path of every command: into the sandbox, or onto the host if and only if policy says so."""
-        timeout_ms = min(wanted_ms or context.timeout_ms, context.timeout_ms)
+        timeout_ms = _timeout_ms(wanted_ms, context)
         if context.bash_mode == "host":
             program = Program(
                 argv=argv,
@@ -114,12 +141,16 @@ class LocalDriver:
         try:
             ended = await self._processes.run(program, timeout_ms / 1000)
         except LauncherLost as error:
-            log.exception("a command's supervisor was lost", extra={"action": "tool.lost"})
-            if context.bash_mode == "host":
-                self._remember(context.run_id, ["?: processes of a command whose supervisor was killed"])
-            raise ToolExecFailed(f"the command was cut off: {error}") from error
+            raise self._lost(error, context) from error
         self._remember(context.run_id, ended.leftover)
         return self._result(ended, program, timeout_ms)
+
+    def _lost(self, error: LauncherLost, context: CallContext) -> ToolExecFailed:
+        """What a call fails with whose supervisor was lost: what it started may have had its effect."""
+        log.error("a command's supervisor was lost", exc_info=error, extra={"action": "tool.lost"})
+        if context.bash_mode == "host":
+            self._remember(context.run_id, ["?: processes of a command whose supervisor was killed"])
+        return ToolExecFailed(f"the command was cut off: {error}")
 
     def _result(self, ended: Ended, program: Program, timeout_ms: int) -> Result:
         if ended.errno is not None and program.sandbox:
@@ -157,6 +188,10 @@ class LocalDriver:
             self._leftover.setdefault(run_id, []).extend(leftover)
             while len(self._leftover) > _REMEMBERED_RUNS:
                 self._leftover.pop(next(iter(self._leftover)))
+
+
+def _timeout_ms(wanted_ms: int | None, context: CallContext) -> int:
+    return min(wanted_ms or context.timeout_ms, context.timeout_ms)
 
 
 def timed_out(timeout_ms: int) -> LimitReached:

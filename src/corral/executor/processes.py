@@ -8,12 +8,14 @@ own subprocess 16 ms, all of which the loop stands still. The 3 ms buy what laun
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from msgspec import Struct
 from corral.executor.output import Budget, Capture
 
 log = logging.getLogger(__name__)
+
+HELD_BYTES = 4096
+"""Bytes of a command that a prepared program takes: what a pipe holds, and what a shell's `read`, which asks
+for one byte at a time, has read within two milliseconds."""
 
 _READ_SIZE = 64 * 1024
 _DRAIN_S = 1.0
@@ -36,7 +42,8 @@ class Program(Struct, kw_only=True, frozen=True):
     """What to run. `argv[0]` is looked up in `env["PATH"]`; `limits` are RLIMIT names to values.
 
     `sandbox` says that it is bubblewrap and takes part in its start-up handshake. `descriptor`, if
-    there is one, is the program's descriptor 3; the caller keeps its own and closes it.
+    there is one, is the program's descriptor 3; the caller keeps its own and closes it. `held` is a
+    sandbox that is set up and then waits to be told its command: for `Processes.prepare`.
     """
 
     argv: list[str]
@@ -45,13 +52,15 @@ class Program(Struct, kw_only=True, frozen=True):
     limits: dict[str, int] = {}
     sandbox: bool = False
     descriptor: int | None = None
+    held: bool = False
 
 
 class Ended(Struct, kw_only=True):
     """How a program ended. When this exists, everything it started is dead, save `leftover`.
 
     `exit_status` as a shell gives it (128 + signal), None if it did not start; `errno` then says
-    why. `started` is false if the sandbox gave up before it started the command.
+    why. `started` is false if the sandbox gave up before it started the command; `given` is false if
+    a held one never got its command, so that nothing of it can have run.
     """
 
     exit_status: int | None
@@ -61,10 +70,53 @@ class Ended(Struct, kw_only=True):
     started: bool
     errno: int | None
     leftover: list[str]
+    given: bool = True
 
 
 class LauncherLost(Exception):
     """The fork server or the call's supervisor is gone without an answer."""
+
+
+class _Supervised:
+    """The gateway's ends of one supervisor: its control socket and the program's two streams."""
+
+    def __init__(self, control: socket.socket, stdout: int, stderr: int) -> None:
+        self.control = control
+        self.stdout = stdout
+        self.stderr = stderr
+
+    def forget_output(self) -> None:
+        """Read what the program has printed so far, and throw it away."""
+        for descriptor in (self.stdout, self.stderr):
+            os.set_blocking(descriptor, False)
+            with contextlib.suppress(BlockingIOError):
+                while os.read(descriptor, _READ_SIZE):
+                    continue
+
+    def close(self) -> None:
+        """Whatever the supervisor still holds dies of this."""
+        self.control.close()
+        os.close(self.stdout)
+        os.close(self.stderr)
+
+
+class Prepared:
+    """A held program: it has everything but its command."""
+
+    def __init__(self, program: Program, supervised: _Supervised) -> None:
+        self.program = program
+        self.supervised = supervised
+
+    @property
+    def waiting(self) -> bool:
+        """False once its supervisor has said or shown that it has ended."""
+        try:
+            self.supervised.control.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
 
 class Processes:
@@ -75,6 +127,7 @@ class Processes:
         self._connection: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._running: dict[asyncio.Task[Ended], asyncio.Event] = {}
+        self._prepared: set[Prepared] = set()
         self._closed = False
 
     async def run(self, program: Program, timeout_s: float) -> Ended:
@@ -83,8 +136,39 @@ class Processes:
         When this returns or raises CancelledError, all that the program started is dead.
         Raises LauncherLost, and OSError if descriptors run out.
         """
+
+        async def work(stop: asyncio.Event) -> Ended:
+            return await self._collect(await self._start(program), timeout_s, stop, None)
+
+        return await self._kept(work)
+
+    async def prepare(self, program: Program) -> Prepared:
+        """Start a held program, which waits for `run_prepared` or `discard`. Raises as `run` does."""
+        supervised = await self._start(program)
+        prepared = Prepared(program, supervised)
+        self._prepared.add(prepared)
+        return prepared
+
+    async def run_prepared(self, prepared: Prepared, text: str, timeout_s: float) -> Ended:
+        """Give a prepared program what it waits for, then as `run`.
+
+        `text` has no NUL and less than `HELD_BYTES` bytes.
+        """
+        self._prepared.discard(prepared)
+        return await self._kept(lambda stop: self._collect(prepared.supervised, timeout_s, stop, text))
+
+    async def discard(self, prepared: Prepared) -> None:
+        """End a prepared program that is not wanted any more."""
+        self._prepared.discard(prepared)
         stop = asyncio.Event()
-        task = asyncio.create_task(self._run(program, timeout_s, stop), name="corral-process")
+        stop.set()
+        with contextlib.suppress(LauncherLost):  # gone already, which is what was wanted
+            await self._collect(prepared.supervised, _ANSWER_S, stop, None)
+
+    async def _kept(self, work: Callable[[asyncio.Event], Coroutine[Any, Any, Ended]]) -> Ended:
+        """Do `work`, which ends early once its event is set; do not let go of it when cancelled."""
+        stop = asyncio.Event()
+        task = asyncio.create_task(work(stop), name="corral-process")
         self._running[task] = stop
         task.add_done_callback(self._running.pop)
         try:
@@ -104,6 +188,8 @@ class Processes:
     async def close(self) -> None:
         """Kill what runs, end the fork server."""
         self._closed = True
+        for prepared in list(self._prepared):
+            await self.discard(prepared)
         for stop in self._running.values():
             stop.set()
         if self._running:
@@ -115,12 +201,14 @@ class Processes:
             server, self._server = self._server, None
             await asyncio.to_thread(server.wait)
 
-    async def _run(self, program: Program, timeout_s: float, stop: asyncio.Event) -> Ended:
+    async def _start(self, program: Program) -> _Supervised:
+        """A supervisor for the program, which it has begun to start."""
         loop = asyncio.get_running_loop()
         connection = await self._connected()
         control, theirs = socket.socketpair()
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
+        supervised = _Supervised(control, out_read, err_read)
         passed = [theirs.fileno(), out_write, err_write]
         if program.descriptor is not None:
             passed.append(program.descriptor)
@@ -135,11 +223,37 @@ class Processes:
                 theirs.close()
                 os.close(out_write)
                 os.close(err_write)
+            await _send(
+                loop,
+                control,
+                {
+                    "argv": program.argv,
+                    "env": program.env,
+                    "cwd": program.cwd,
+                    "limits": program.limits,
+                    "sandbox": program.sandbox,
+                    "held": program.held,
+                },
+            )
+        except BaseException:
+            supervised.close()
+            raise
+        return supervised
+
+    async def _collect(self, supervised: _Supervised, timeout_s: float, stop: asyncio.Event, text: str | None) -> Ended:
+        """What comes of a program that was started, and given `text` if there is one. Closes its descriptors."""
+        loop = asyncio.get_running_loop()
+        control = supervised.control
+        try:
             budget = Budget()
             stdout, stderr = Capture(budget), Capture(budget)
-            pumps = [asyncio.ensure_future(_pump(loop, *pipe)) for pipe in ((out_read, stdout), (err_read, stderr))]
+            pipes = ((supervised.stdout, stdout), (supervised.stderr, stderr))
+            pumps = [asyncio.ensure_future(_pump(loop, *pipe)) for pipe in pipes]  # begin when this next waits
             try:
-                await _send(loop, control, program)
+                if text is not None:
+                    # What is there came before the command: a shell that does not know the locale, say.
+                    supervised.forget_output()
+                    await _send(loop, control, {"text": text})
                 answer, timed_out = await self._answer(loop, control, timeout_s, stop)
                 await asyncio.wait(pumps, timeout=_DRAIN_S)
             finally:
@@ -154,11 +268,10 @@ class Processes:
                 started=answer["started"],
                 errno=answer["error"],
                 leftover=answer["leftover"],
+                given=answer["given"],
             )
         finally:
-            control.close()
-            os.close(out_read)
-            os.close(err_read)
+            supervised.close()
 
     async def _answer(
         self, loop: asyncio.AbstractEventLoop, control: socket.socket, timeout_s: float, stop: asyncio.Event
@@ -222,15 +335,8 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return server, ours
 
 
-async def _send(loop: asyncio.AbstractEventLoop, control: socket.socket, program: Program) -> None:
-    request = {
-        "argv": program.argv,
-        "env": program.env,
-        "cwd": program.cwd,
-        "limits": program.limits,
-        "sandbox": program.sandbox,
-    }
-    body = json.dumps(request).encode()
+async def _send(loop: asyncio.AbstractEventLoop, control: socket.socket, message: dict[str, Any]) -> None:
+    body = json.dumps(message).encode()
     try:
         await loop.sock_sendall(control, len(body).to_bytes(4, "big") + body)
     except OSError as error:

@@ -27,7 +27,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from corral.executor.launcher import GO_FD, STATUS_FD
+from msgspec import structs
+
+from corral.executor.launcher import GO_FD, HELD_FD, STATUS_FD
 from corral.executor.processes import LauncherLost, Processes, Program
 from corral.protocol.errors import SandboxUnavailable
 from corral.protocol.types import BashNetwork
@@ -75,6 +77,10 @@ _ETC = (
     "/etc/ssl/openssl.cnf",
 )
 """What programs need of /etc. Not the folders that hold private keys beside certificates."""
+
+_HELD = f'IFS= read -r -d "" text <&{HELD_FD} && exec {HELD_FD}<&- && exec -- "$@" "$text"; exit 125'
+"""What a held sandbox starts with: bash reads a text up to a NUL and becomes the given command with the text as
+its last argument. Without the NUL (whoever wrote died) it does not."""
 
 _PASSED = ("LANG", "LANGUAGE", "TZ")
 
@@ -155,6 +161,20 @@ def command_line(
     return argv
 
 
+def shown_files(root: Path, network: BashNetwork) -> tuple[tuple[int, int] | None, ...]:
+    """Which files and folders a sandbox made now would show, by device and inode; None for what is not there."""
+    names = [str(root), "/usr", *_USR_LINKS, *_ETC, *(["/etc/resolv.conf"] if network == "host" else [])]
+    found: list[tuple[int, int] | None] = []
+    for name in names:
+        try:
+            about = os.stat(name)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((about.st_dev, about.st_ino))
+    return tuple(found)
+
+
 class Sandbox:
     """Whether there is a sandbox here, and the programs that run in it."""
 
@@ -214,6 +234,15 @@ class Sandbox:
         if self._found is None:
             raise SandboxUnavailable(_REMEDY.format(what="bubblewrap stopped working"))
         return self._program(command, root, network, *self._found)
+
+    async def held(self, command: Sequence[str], root: Path, network: BashNetwork) -> Program:
+        """Like `program`, but held: the last argument of `command` comes later, by `Processes.run_prepared`.
+
+        Needs bash, which becomes `command`: for a command that is a shell itself the variables that bash
+        exports (`SHLVL`, `_`, `PWD`) come to the same. Raises SandboxUnavailable.
+        """
+        waiting = ["bash", "--noprofile", "--norc", "-c", _HELD, "bash", *command]
+        return structs.replace(await self.program(waiting, root, network), held=True)
 
     def _program(
         self, command: Sequence[str], root: Path, network: BashNetwork, bwrap: str, version: tuple[int, ...]
