@@ -6,7 +6,8 @@ import builtins
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, delete, func, insert, select, tuple_, update
+from msgspec import structs
+from sqlalchemy import Row, bindparam, delete, func, insert, or_, select, tuple_, update
 
 from corral.storage import tables as t
 from corral.storage.repositories._base import Repository, Shape, Upsert, bound, is_
@@ -45,6 +46,11 @@ class Agents(Repository):
 
 _UPSERT_POLICY = Upsert(t.policies, replace=True)
 _GET_POLICY = _POLICY.select().where(is_(_p.tenant_id), is_(_p.scope_key))
+# As many as a policy has layers: each step of a run reads them all.
+_PLACES = 3
+_GET_POLICIES = _POLICY.select().where(
+    is_(_p.tenant_id), or_(*(is_(_p.scope_key, f"scope_key_{place}") for place in range(_PLACES)))
+)
 
 
 class Policies(Repository):
@@ -56,8 +62,14 @@ class Policies(Repository):
 
     def get_many(self, tenant_id: str, scope_keys: Sequence[str]) -> Mapping[str, PolicyRow]:
         """Those that there are, by scope key."""
-        rows = (self.get(tenant_id, key) for key in scope_keys)
-        return {row.scope_key: row for row in rows if row is not None}
+        found: dict[str, PolicyRow] = {}
+        for start in range(0, len(scope_keys), _PLACES):
+            keys = scope_keys[start : start + _PLACES]
+            # Fewer keys than places: one of them twice changes nothing.
+            places = {f"b_scope_key_{place}": keys[min(place, len(keys) - 1)] for place in range(_PLACES)}
+            rows = _POLICY.all(self._connection.execute(_GET_POLICIES, {"b_tenant_id": tenant_id, **places}))
+            found.update((row.scope_key, row) for row in rows)
+        return found
 
     def upsert(self, row: PolicyRow) -> None:
         """Insert the row, or replace the one with the same key by it."""
@@ -74,10 +86,8 @@ _GET_KEY = select(*_ROW_COLUMNS).where(*_OF_KEY)
 _INSERT_KEY = insert(t.idempotency)
 _FINISH_KEY = update(t.idempotency).where(*_OF_KEY).values(state="done", result=bindparam("v_result"))
 _DELETE_KEY = delete(t.idempotency).where(*_OF_KEY)
-_IN_PROGRESS_OF_RUN = (
-    select(*_ROW_COLUMNS)
-    .where(is_(_i.tenant_id), is_(_i.run_id), t.HAS_RUN, _i.state == "in_progress")
-    .order_by(_i.created_at, *_KEY_COLUMNS[1:])
+_IN_PROGRESS_OF_RUN = select(*_ROW_COLUMNS).where(
+    is_(_i.tenant_id), is_(_i.run_id), t.HAS_RUN, _i.state == "in_progress"
 )
 _NEXT_TENANT = select(func.min(_i.tenant_id)).where(t.DONE, _i.tenant_id > bound("tenant_id", _i.tenant_id))
 _PURGE = delete(t.idempotency).where(
@@ -119,7 +129,9 @@ class Idempotency(Repository):
     def in_progress_of_run(self, tenant_id: str, run_id: str) -> list[IdempotencyRow]:
         """The oldest first."""
         values = {"b_tenant_id": tenant_id, "b_run_id": run_id}
-        return [_idempotency_row(row) for row in self._connection.execute(_IN_PROGRESS_OF_RUN, values)]
+        rows = [_idempotency_row(row) for row in self._connection.execute(_IN_PROGRESS_OF_RUN, values)]
+        # There is one or none: putting that in order costs the database more than finding it.
+        return sorted(rows, key=lambda row: (row.created_at, *structs.astuple(row.key)))
 
     def delete(self, key: IdempotencyKey) -> None:
         self._connection.execute(_DELETE_KEY, _key_values(key))
