@@ -146,3 +146,17 @@ async def test_who_waits_for_room_is_woken_when_nothing_is_taken_any_more() -> N
     outbox.discard()
     async with asyncio.timeout(60):
         await room
+
+
+def test_it_tells_whenever_a_frame_waits_where_none_did() -> None:
+    told: list[int] = []
+    outbox = Outbox(1000, 10, lambda: None, on_waiting=lambda: told.append(1))
+    outbox.put(b"a")
+    outbox.put(b"b")
+    assert len(told) == 1
+    assert [outbox.take(), outbox.take(), outbox.take()] == [b"a", b"b", None]
+    outbox.put(b"c")
+    assert len(told) == 2
+    outbox.finish()
+    outbox.put(b"d")
+    assert len(told) == 2

@@ -43,6 +43,16 @@ async def test_a_made_token_opens_its_workspace_with_its_roles_and_no_more(home:
             assert await refusal(anna, "sessions.create") == "FORBIDDEN"
 
 
+async def test_a_token_whose_row_was_changed_opens_what_the_row_says_now(home: House) -> None:
+    token = await home.add_token("anna", roles=["member"])
+    async with await home.wire(token) as anna:
+        assert anna.hello["principal"]["roles"] == ["member"]
+    assert await home.add_token("anna", roles=["viewer"]) == token
+    async with await home.wire(token) as anna:
+        assert anna.hello["principal"]["roles"] == ["viewer"]
+        assert await refusal(anna, "sessions.create") == "FORBIDDEN"
+
+
 async def test_the_text_is_told_by_the_first_answer_and_its_replays_alone_and_lies_nowhere(tmp_path: Path) -> None:
     data = tmp_path / "data"
     params = {"roles": ["member"], "userId": "u_anna", "idempotencyKey": "same"}

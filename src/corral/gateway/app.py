@@ -238,10 +238,13 @@ class Gateway:
                 header_token=bearer_token(request.headers.get(hdrs.AUTHORIZATION)),
                 on_connected=partial(self._connected, place, self._peers.revocations),
             )
-            with self._peers.holding(connection):
+            self._peers.add(connection)
+            try:
                 if self._draining.is_set():
                     connection.begin_close(CloseCode.RESTARTING)
                 await connection.run()
+            finally:
+                self._peers.discard(connection)
         finally:
             place.leave()
         return socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import OrderedDict
 
 from msgspec import UNSET, Struct
 
@@ -25,6 +26,10 @@ class Known(Struct, kw_only=True, frozen=True):
     ms_left: int | None
 
 
+_SHARED = 1000
+"""Tokens whose principals connections share."""
+
+
 class Authenticator:
     """Finds out who a token speaks for. Nothing but the token's own row says so."""
 
@@ -32,6 +37,7 @@ class Authenticator:
         self._store = store
         self._clock = clock
         self._limiter = limiter
+        self._shown: OrderedDict[str, tuple[str, Principal]] = OrderedDict()
 
     async def authenticate(self, token: str | None, address: str) -> tuple[Principal, str]:
         """The principal and the token's hash, as `known` says."""
@@ -54,7 +60,18 @@ class Authenticator:
             self._limiter.failed(address)
             raise Unauthorized(_REFUSED)
         left = row.expires_at - self._clock.now_ms() if row.expires_at is not None else None
-        return Known(principal=_principal(row), digest=digest, ms_left=left)
+        digest, principal = self._shared(digest, _principal(row))
+        return Known(principal=principal, digest=digest, ms_left=left)
+
+    def _shared(self, digest: str, principal: Principal) -> tuple[str, Principal]:
+        """The same, as an equal one has it that was made before: many connections may show one token."""
+        before = self._shown.pop(digest, None)
+        if before is None or before[1] != principal:
+            before = digest, principal
+        self._shown[digest] = before
+        while len(self._shown) > _SHARED:
+            self._shown.popitem(last=False)
+        return before
 
     async def still_valid(self, digests: set[str]) -> set[str]:
         """Those of the hashes whose tokens are still good."""

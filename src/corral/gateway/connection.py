@@ -15,13 +15,14 @@ from msgspec import Struct
 from corral.gateway.dispatch import Answer, Dispatcher, is_side_effect
 from corral.gateway.feeds import ConnectionFeeds, FeedSystem
 from corral.gateway.frames import BadFrame, RequestFrame, error_frame, read_request
-from corral.gateway.handshake import Admitted, CloseCode, Handshake, close_code_of
+from corral.gateway.handshake import CloseCode, Handshake, close_code_of
 from corral.gateway.limits import RequestLimiter
 from corral.gateway.metrics import GatewayMetrics
 from corral.gateway.options import GatewayOptions
 from corral.gateway.outbox import Outbox
 from corral.gateway.websocket import Socket
 from corral.protocol.errors import CorralError, InternalError, InvalidRequest, RateLimited, Unauthorized
+from corral.protocol.types import Principal
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,21 @@ class ConnectionServices(Struct, kw_only=True, frozen=True):
     metrics: GatewayMetrics
 
 
+class _Known(Struct, kw_only=True, frozen=True):
+    """Who was let in, with what."""
+
+    principal: Principal
+    workspace_id: str
+    token_hash: str
+
+
 class Connection:
     """Reads requests, answers them, and sends the events of what its client follows.
 
     `on_connected` is called once, when the client is known.
+
+    Most connections do nothing most of the time, thousands of them. So the task that calls `run` is the one that
+    reads, another writes while something waits to be written, and what only a request needs is made by the first.
     """
 
     def __init__(
@@ -76,21 +88,26 @@ class Connection:
         self._socket = socket
         self._address = address
         self._header_token = header_token
-        self._on_connected = on_connected
+        self._on_connected: Callable[[], None] | None = on_connected
         self.id = connection_id
         self.state = ConnectionState.AWAITING_CONNECT
-        self.admitted: Admitted | None = None
+        self.admitted: _Known | None = None
         self.effects_in_flight = 0
-        self.outbox = Outbox(options.outbox_bytes, options.outbox_frames, self.too_slow, services.metrics.sent)
+        self.outbox = Outbox(
+            options.outbox_bytes, options.outbox_frames, self.too_slow, services.metrics.sent, self._wake_writer
+        )
         self._feeds = ConnectionFeeds(services.feeds, self)
         self._bad_frames = 0
-        self._in_flight = asyncio.Semaphore(options.in_flight)
+        self._in_flight: asyncio.Semaphore | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._helpers: set[asyncio.Task[None]] = set()
-        self._tasks: asyncio.TaskGroup | None = None
+        self._writer: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._close_code = CloseCode.NORMAL
-        self._closing = asyncio.Event()
+        self._closing = False
+        # That of `run`, while it reads; cancelled to tell it that the connection is to be closed.
+        self._reader: asyncio.Task[Any] | None = None
+        self._running = False
 
     transport = "websocket"
 
@@ -103,22 +120,19 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client until the connection ends, for whichever reason; then leave nothing behind."""
-        options = self._services.options
-        self._deadline = asyncio.get_running_loop().call_later(options.connect_timeout, self._connect_timed_out)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._services.options.connect_timeout, self._connect_timed_out)
+        self._running = True
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                writer = tasks.create_task(self._write())
-                reader = tasks.create_task(self._read())
-                try:
-                    await self._closing.wait()
-                    await self._wind_up(reader, writer)
-                finally:
-                    for task in (reader, writer, *self._requests, *self._helpers):
-                        task.cancel()
+            try:
+                await self._read_until_told()
+                await self._wind_up()
+            finally:
+                self._running = False
+                await self._end_tasks()
         finally:
             self.begin_close(CloseCode.INTERNAL)
-            self._deadline.cancel()
+            self._stop_deadline()
             self._feeds.close()
             self.outbox.discard()
             try:
@@ -128,12 +142,41 @@ class Connection:
                 self._services.metrics.closed(self.transport, int(self._close_code))
                 logger.info("connection closed", extra=self._about("connection.closed", code=int(self._close_code)))
 
+    async def _read_until_told(self) -> None:
+        """Read until the connection is to be closed, whoever says so."""
+        task = self._reader = asyncio.current_task()
+        try:
+            await self._read()
+        except asyncio.CancelledError:
+            # `begin_close` cancels once. Whatever else cancels this task wants more than the end of the reading.
+            if not self._closing or task is None or task.uncancel() > 0:
+                raise
+        finally:
+            self._reader = None
+
+    async def _end_tasks(self) -> None:
+        """Cancel what runs for the connection, and wait for it."""
+        tasks = {*self._requests, *self._helpers}
+        if self._writer is not None:
+            tasks.add(self._writer)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
     def begin_close(self, code: CloseCode) -> None:
         """Take no more requests and close, with `code` if nobody closed before. Does not wait."""
         if self.state in (ConnectionState.AWAITING_CONNECT, ConnectionState.CONNECTED):
             self._close_code = code
             self._move(ConnectionState.CLOSING)
-            self._closing.set()
+            self._closing = True
+            if self._reader is not None and self._reader is not asyncio.current_task():
+                self._reader.cancel()
 
     def too_slow(self) -> None:
         """The client does not read what it asked for: it gets no more here and may resume elsewhere by its cursors."""
@@ -142,21 +185,22 @@ class Connection:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the connection; a failure of it ends the connection."""
-        if self._tasks is None or self._closing.is_set():
+        if not self._running or self._closing:
             work.close()
             return
-        task = self._tasks.create_task(self._guarded(work))
+        task = asyncio.get_running_loop().create_task(self._guarded(work))
         self._helpers.add(task)
         task.add_done_callback(self._helpers.discard)
 
-    async def _wind_up(self, reader: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
+    async def _wind_up(self) -> None:
         """What was asked and answered before the end still goes out, if the client takes it soon."""
-        reader.cancel()
         if self._close_code is CloseCode.RESTARTING and self._requests:
             await asyncio.wait(self._requests, timeout=self._services.options.drain_grace)
         self._feeds.close()
         self.outbox.finish()
-        await asyncio.wait({writer}, timeout=self._grace)
+        # While something waits there is a writer.
+        if self._writer is not None:
+            await asyncio.wait({self._writer}, timeout=self._grace)
 
     @property
     def _grace(self) -> float:
@@ -186,15 +230,28 @@ class Connection:
 
     # ---- writing
 
+    def _wake_writer(self) -> None:
+        """The outbox has something where there was nothing."""
+        if self._writer is None and self._running:
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+
     async def _write(self) -> None:
+        """Write until nothing waits any more."""
         try:
-            while await self.outbox.wait():
-                while frames := self._next_frames():
-                    await self._socket.send_texts(frames)
-                    # Others are served between two bursts, however much waits here.
-                    await asyncio.sleep(0)
+            while frames := self._next_frames():
+                await self._socket.send_texts(frames)
+                # Others are served between two bursts, however much waits here.
+                await asyncio.sleep(0)
         except ConnectionError:
+            self.outbox.discard()
             self.begin_close(CloseCode.NORMAL)
+        except Exception:
+            logger.exception("writing failed", extra=self._about("connection.write_failed"))
+            self.outbox.discard()
+            self.begin_close(CloseCode.INTERNAL)
+        finally:
+            # In the same step as the look that found nothing: what comes next wakes another.
+            self._writer = None
 
     def _next_frames(self) -> list[bytes]:
         """What waits now, up to a burst's size."""
@@ -209,7 +266,7 @@ class Connection:
 
     async def _read(self) -> None:
         try:
-            while not self._closing.is_set():
+            while not self._closing:
                 message = await self._socket.receive()
                 if message.type is WSMsgType.TEXT:
                     await self._take(message.data)
@@ -218,6 +275,7 @@ class Connection:
                 else:
                     # The peer closed, or broke the protocol: the socket has said so to it.
                     self.begin_close(CloseCode.NORMAL)
+                del message  # the next one may be long in coming
         except Exception:
             logger.exception("reading failed", extra=self._about("connection.read_failed"))
             self.begin_close(CloseCode.INTERNAL)
@@ -252,8 +310,7 @@ class Connection:
 
     async def _connect(self, frame: RequestFrame) -> None:
         """The handshake. Requests behind it wait unread, so they find it done."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop_deadline()
         try:
             admitted = await self._services.handshake.admit(frame.params, self._header_token, self._address, self.id)
         except CorralError as error:
@@ -269,29 +326,41 @@ class Connection:
         if self.state is not ConnectionState.AWAITING_CONNECT:
             return
         self._move(ConnectionState.CONNECTED)
-        self.admitted = admitted
+        # Without the answer: once given, it is of no more use.
+        self.admitted = _Known(
+            principal=admitted.principal, workspace_id=admitted.workspace_id, token_hash=admitted.token_hash
+        )
         if admitted.seconds_left is not None:
             loop = asyncio.get_running_loop()
             self._deadline = loop.call_later(admitted.seconds_left, self.begin_close, CloseCode.UNAUTHORIZED)
-        self._on_connected()
+        connected, self._on_connected = self._on_connected, None
+        if connected is not None:
+            connected()
         Answer(frame.id, self.outbox.put).give(msgspec.json.encode(admitted.result))
         logger.info("connected", extra=self._about("connection.connected"))
 
     async def _start(self, frame: RequestFrame) -> None:
         """Begin a request and let the next be read; handlers start in the order in which their frames came."""
+        if self._in_flight is None:
+            self._in_flight = asyncio.Semaphore(self._services.options.in_flight)
         await self._in_flight.acquire()
-        if self._tasks is None or self._closing.is_set():
+        if not self._running or self._closing:
             return
         effect = is_side_effect(frame.method)
         self.effects_in_flight += effect
-        task = self._tasks.create_task(self._handle(frame))
+        task = asyncio.get_running_loop().create_task(self._handle(frame))
         self._requests.add(task)
         task.add_done_callback(lambda done: self._done(done, effect))
 
     def _done(self, task: asyncio.Task[None], effect: bool) -> None:
         self._requests.discard(task)
         self.effects_in_flight -= effect
-        self._in_flight.release()
+        if self._in_flight is not None:
+            self._in_flight.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The dispatcher answers whatever happens; what gets past it is a mistake in it.
+            logger.error("a request failed", exc_info=error, extra=self._about("connection.request_failed"))
+            self.begin_close(CloseCode.INTERNAL)
 
     async def _handle(self, frame: RequestFrame) -> None:
         admitted = self.admitted

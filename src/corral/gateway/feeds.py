@@ -99,10 +99,16 @@ class ConnectionFeeds:
         self.on_end = on_end
         self.sessions: dict[str, SessionFeed] = {}
         self.workspaces: dict[str, WorkspaceFeed] = {}
-        # Held while a workspace's subscription is made, which takes a read.
-        self.beginning = asyncio.Lock()
+        self._beginning: asyncio.Lock | None = None
         self._reserved = 0
         self._closed = False
+
+    @property
+    def beginning(self) -> asyncio.Lock:
+        """Held while a workspace's subscription is made, which takes a read."""
+        if self._beginning is None:
+            self._beginning = asyncio.Lock()
+        return self._beginning
 
     @property
     def count(self) -> int:

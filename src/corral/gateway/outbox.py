@@ -53,7 +53,10 @@ class Outbox:
     Everything is called on the event loop and nothing but `wait` and `wait_below` waits. Once more than
     `max_bytes` or `max_frames` wait, what waits is forgotten, later frames too, and
     `on_overflow` is called, once. A single frame beyond `max_bytes` passes if it is alone. `sent` counts
-    the events that leave, by name.
+    the events that leave, by name. `on_waiting` is called when a frame waits where none did: for
+    who does not stand by in `wait`.
+
+    Most outboxes are empty most of the time, thousands of them: what an empty one does not need it does not have.
     """
 
     def __init__(
@@ -62,19 +65,21 @@ class Outbox:
         max_frames: int,
         on_overflow: Callable[[], None],
         sent: Counter[str] | None = None,
+        on_waiting: Callable[[], None] | None = None,
     ) -> None:
         self._max_bytes = max_bytes
         self._max_frames = max_frames
         self._on_overflow = on_overflow
         self._sent: Counter[str] = Counter() if sent is None else sent
-        self._items: deque[_Item] = deque()
+        self._on_waiting = on_waiting
+        self._items: deque[_Item] | tuple[()] = ()
         # The waiting text of each session that the next delta may be merged into.
         self._text: dict[str, _WaitingText] = {}
         self._bytes = 0
         self._seq = 0
         self.taken = 0
         self._open = True
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None
         self._drained: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
@@ -121,6 +126,8 @@ class Outbox:
         if not self._items:
             return None
         item = self._items.popleft()
+        if not self._items:
+            self._items = ()
         self.taken += 1
         if isinstance(item, bytes):
             self._release(len(item))
@@ -137,6 +144,8 @@ class Outbox:
 
     async def wait(self) -> bool:
         """Until a frame waits (True) or the outbox was finished and is empty (False)."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
         while not self._items:
             if not self._open:
                 return False
@@ -154,12 +163,13 @@ class Outbox:
     def finish(self) -> None:
         """Take nothing more; what waits may still be written."""
         self._open = False
-        self._changed.set()
+        if self._changed is not None:
+            self._changed.set()
         self._wake(always=True)
 
     def discard(self) -> None:
         """Take nothing more and forget what waits."""
-        self._items.clear()
+        self._items = ()
         self._text.clear()
         self._bytes = 0
         self.finish()
@@ -167,9 +177,14 @@ class Outbox:
     def _add(self, item: _Item, size: int) -> bool:
         if not self._open:
             return False
+        if not self._items:
+            self._items = deque()
+            if self._changed is not None:
+                self._changed.set()
+            if self._on_waiting is not None:
+                self._on_waiting()
         self._items.append(item)
         self._bytes += size
-        self._changed.set()
         return self._check()
 
     def _check(self) -> bool:

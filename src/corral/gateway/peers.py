@@ -55,14 +55,21 @@ class Peers:
     @contextmanager
     def holding(self, peer: OpenPeer) -> Iterator[None]:
         """Count `peer` among what is open."""
-        self._open.add(peer)
-        self._gone.clear()
+        self.add(peer)
         try:
             yield
         finally:
-            self._open.discard(peer)
-            if not self._open:
-                self._gone.set()
+            self.discard(peer)
+
+    def add(self, peer: OpenPeer) -> None:
+        """Count `peer` among what is open, until `discard`: `holding` for who has no room for a context manager."""
+        self._open.add(peer)
+        self._gone.clear()
+
+    def discard(self, peer: OpenPeer) -> None:
+        self._open.discard(peer)
+        if not self._open:
+            self._gone.set()
 
     def begin_close(self, code: CloseCode) -> None:
         """Close all. Does not wait."""
