@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench import appends, fanout, idle, starts, tools, turns
+from bench import appends, decisions, fanout, idle, starts, tools, turns
 from bench.children import ChildFailed, Children
 from bench.machine import describe
 from bench.numbers import FULL, QUICK, TINY, Numbers
@@ -30,6 +30,7 @@ PARTS: dict[str, Part] = {
     "appends": lambda _children, folder, numbers: appends.measure(folder, numbers),
     "starts": starts.measure,
     "tools": lambda _children, folder, numbers: tools.measure(folder, numbers),
+    "decisions": lambda _children, folder, numbers: asyncio.to_thread(decisions.measure, folder, numbers),
 }
 INTERRUPTED = 130
 

@@ -72,7 +72,7 @@ class _Fan:
     async def measure(self, numbers: Numbers, steps: int, chunks: int) -> list[Row]:
         many = f"{self._count} subscriber{'s' if self._count > 1 else ''}"
         # With one subscriber it is the journal that is measured, not the fan-out.
-        target = Target(0.6, at_most=False) if self._count > 1 else None
+        target = Target(0.8, at_most=False) if self._count > 1 else None
         sends = "awaited `send_str` of frames of the same mean size to as many sockets"
         durable = Row(
             f"durable events to {many}",

@@ -18,11 +18,13 @@ class Numbers:
     calls_in_a_step: int
     idle_rounds: int
     idle: int
+    idle_rest_s: float
     append_rounds: int
     writers: int
     appends_each: int
     start_rounds: int
     tool_rounds: int
+    decision_rounds: int
 
 
 FULL = Numbers(
@@ -35,11 +37,13 @@ FULL = Numbers(
     calls_in_a_step=100,
     idle_rounds=3,
     idle=1000,
+    idle_rest_s=3.0,
     append_rounds=9,
     writers=64,
     appends_each=100,
     start_rounds=9,
     tool_rounds=100,
+    decision_rounds=50,
 )
 
 QUICK = Numbers(
@@ -52,11 +56,13 @@ QUICK = Numbers(
     calls_in_a_step=60,
     idle_rounds=1,
     idle=1000,
+    idle_rest_s=3.0,
     append_rounds=3,
     writers=64,
     appends_each=50,
     start_rounds=3,
     tool_rounds=25,
+    decision_rounds=20,
 )
 
 TINY = Numbers(
@@ -69,10 +75,12 @@ TINY = Numbers(
     calls_in_a_step=3,
     idle_rounds=1,
     idle=5,
+    idle_rest_s=0.2,
     append_rounds=1,
     writers=4,
     appends_each=2,
     start_rounds=1,
     tool_rounds=1,
+    decision_rounds=1,
 )
 """Goes through everything; its figures mean nothing."""

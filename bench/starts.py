@@ -13,15 +13,15 @@ import aiohttp
 from bench.children import ROOT, Children, Served, start_bare, start_corral
 from bench.machine import resident_kib
 from bench.numbers import Numbers
-from bench.stats import Row
+from bench.stats import Row, Target
 
 
 async def measure(children: Children, folder: Path, numbers: Numbers) -> list[Row]:
     server = "a bare aiohttp server on uvloop"
     first = Row("start to `listening`, new data directory", "ms", server, note="Makes the database.")
-    again = Row("start to `listening`, again", "ms", server)
+    again = Row("start to `listening`, again", "ms", server, target=Target(1000, at_most=True, absolute=True))
     ready = Row("start to ready, again", "ms", server, note="To the first 200 of /readyz.")
-    memory = Row("resident memory when ready", "MiB", server)
+    memory = Row("resident memory when ready", "MiB", server, target=Target(90, at_most=True, absolute=True))
     async with aiohttp.ClientSession() as http:
         for number in range(numbers.start_rounds):
             data_dir = folder / f"start-{number}"
@@ -61,7 +61,7 @@ async def _ready(http: aiohttp.ClientSession, server: Served) -> None:
 
 
 def _help(rounds: int) -> Row:
-    row = Row("`corral --help`", "ms", "`python -c pass`")
+    row = Row("`corral --help`", "ms", "`python -c pass`", target=Target(250, at_most=True, absolute=True))
     for _ in range(rounds):
         row.add(_timed(["-m", "corral", "--help"]), _timed(["-c", "pass"]))
     return row

@@ -10,16 +10,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """The bound that the median of the ratios is to keep: at most, or at least, so much."""
+    """The bound that the median of the ratios is to keep: at most, or at least, so much.
+
+    An `absolute` one is kept by the median of our own figures, in the row's unit.
+    """
 
     bound: float
     at_most: bool
+    absolute: bool = False
 
-    def met(self, ratio: float) -> bool:
-        return ratio <= self.bound if self.at_most else ratio >= self.bound
+    def met(self, ratio: float, ours: float) -> bool:
+        figure = ours if self.absolute else ratio
+        return figure <= self.bound if self.at_most else figure >= self.bound
 
-    def __str__(self) -> str:
-        return f"≤ {self.bound:g}×" if self.at_most else f"≥ {self.bound:.0%}"
+    def shown(self, unit: str) -> str:
+        sign = "≤" if self.at_most else "≥"
+        if self.absolute:
+            return f"{sign} {self.bound:g} {unit}"
+        return f"{sign} {self.bound:g}×" if self.at_most else f"{sign} {self.bound:.0%}"
 
 
 @dataclass
@@ -60,8 +68,8 @@ class Row:
             "ours": _summary(self.ours),
             "bare": _summary(self.bare),
             "ratio": _summary(self.ratios),
-            "target": None if self.target is None else str(self.target),
-            "targetMet": None if self.target is None else self.target.met(ratio),
+            "target": None if self.target is None else self.target.shown(self.unit),
+            "targetMet": None if self.target is None else self.target.met(ratio, median(self.ours)),
             "note": self.note,
         }
 

@@ -33,7 +33,10 @@ def cells(row: Row) -> tuple[str, ...]:
     def shown(value: float) -> str:
         return f"{value:.0%}" if row.more_is_better else f"{value:.2f}×"
 
-    target = "" if row.target is None else f"{row.target}: {'met' if row.target.met(ratio) else 'missed'}"
+    target = ""
+    if row.target is not None:
+        met = row.target.met(ratio, median(row.ours))
+        target = f"{row.target.shown(row.unit)}: {'met' if met else 'missed'}"
     return (
         row.name,
         figure(median(row.ours), row.unit),

@@ -89,7 +89,7 @@ async def _one_at_a_time(numbers: Numbers, client: Client, bare: BareCalls, comm
         f"a durable turn of {CHUNKS} chunks",
         "ms",
         f"the same request posted by aiohttp to the same model server, plus {COMMITS} bare BEGIN…INSERT…COMMIT",
-        target=Target(3.0, at_most=True),
+        target=Target(2.5, at_most=True),
         note="From `agent.run` on a WebSocket to `agent.completed` on it, in a session of its own. "
         "The turn commits twice; where the disk is busy with other things, the ratio says more of the disk than of "
         "Corral, and the next row is the one to read.",
@@ -119,7 +119,7 @@ async def _crowd(numbers: Numbers, clients: Sequence[Client], bare: BareCalls) -
         f"turns of {CHUNKS} chunks, {len(clients)} sessions at once",
         "/s",
         f"the same request, {len(clients)} at once",
-        target=Target(0.25, at_most=False),
+        target=Target(0.3, at_most=False),
         note="The model server and the client take their share of the cores in both.",
     )
     total = len(clients) * numbers.turns_each

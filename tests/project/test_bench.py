@@ -61,7 +61,18 @@ def test_every_part_runs_and_its_rows_come_with_the_machine(tmp_path: Path) -> N
     assert bench.returncode == 0, errors
     said = json.loads(samples.read_text())
     names = [row["name"] for row in said["rows"]]
-    for part in ("durable turn", "at once", "durable events", "deltas", "idle", "appends", "start", "sandbox", "help"):
+    for part in (
+        "durable turn",
+        "at once",
+        "durable events",
+        "deltas",
+        "idle",
+        "appends",
+        "start",
+        "sandbox",
+        "help",
+        "deciding",
+    ):
         assert any(part in name for name in names), part
     for row in said["rows"]:
         assert len(row["ours"]["samples"]) == len(row["bare"]["samples"]) == row["rounds"] > 0
@@ -107,3 +118,11 @@ def test_a_rate_is_shown_in_percent_and_more_of_it_is_better(ratio: float, verdi
     row.add(1000 * ratio, 1000.0)
     assert f"≥ 60%: {verdict}" in cells(row)
     assert f"{ratio:.0%} " in cells(row)[3]
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(101.0, "missed"), (100.0, "met")])
+def test_an_absolute_bound_is_kept_by_our_own_figure_whatever_the_ratio(ours: float, verdict: str) -> None:
+    row = Row("a", "µs", "b", target=Target(100, at_most=True, absolute=True))
+    row.add(ours, 1.0)
+    assert f"≤ 100 µs: {verdict}" in cells(row)
+    assert row.as_json()["targetMet"] is (verdict == "met")

@@ -165,11 +165,7 @@ class ModelStep:
             tx.sessions.update(run.tenant_id, run.session_id, context_usage=used)
             tx.runs.update(run.tenant_id, run.id, **_counts(run))
             settle(tx, run, day, finished.usage.input_tokens + finished.usage.output_tokens, finished.usage.cost_usd)
-            policy = policy_of(tx, run)
-            rulings = [
-                self._rule(tx, run, context, policy, each, asked)
-                for each, asked in zip(candidates, questions, strict=True)
-            ]
+            rulings = self._rulings(tx, run, context, candidates, questions)
             done = self._journal_calls(tx, run, rulings, now)
             done.version = entry.version
             if not calls:
@@ -197,6 +193,22 @@ class ModelStep:
             if each.problem is None and each.spec is not None and each.call.args is not None
             else None
             for each in candidates
+        ]
+
+    def _rulings(
+        self,
+        tx: Transaction,
+        run: RunRow,
+        context: CallContext,
+        candidates: Sequence[Candidate],
+        questions: Sequence[CallFacts | None],
+    ) -> list[_Ruling]:
+        """The decisions on the calls of one message, by the policy as it is in this transaction."""
+        if not candidates:
+            return []
+        policy = policy_of(tx, run)
+        return [
+            self._rule(tx, run, context, policy, each, asked) for each, asked in zip(candidates, questions, strict=True)
         ]
 
     def _rule(
