@@ -48,8 +48,11 @@ async def _weigh(children: Children, server: Served, say: list[str], numbers: Nu
 
 
 async def _at_rest(pid: int, seconds: float) -> float:
-    """The resident memory once it has stayed the same for so many seconds: a gateway signs what it has recorded a second
-    after its start, and loads what it needs for that, however many connections there are."""
+    """The resident memory once it has stayed the same for so many seconds.
+
+    A gateway signs what it has recorded a second after its start, and loads what it needs for that, however
+    many connections there are.
+    """
     resident, since = resident_kib(pid), time.monotonic()
     while time.monotonic() - since < seconds:
         await asyncio.sleep(0.1)
