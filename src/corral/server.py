@@ -277,6 +277,7 @@ async def serve(settings: Settings, *, on_listening: Callable[[str], None] | Non
         # at the default of 700 looks through them all the same, a twentieth of a turn's processor time.
         gc.freeze()
         gc.set_threshold(_GC_EVERY)
+        gc.enable()
         if on_listening is not None:
             on_listening(server.url)
         await stop.wait()

@@ -40,3 +40,17 @@ def _loaded(arguments: list[str]) -> set[str]:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_a_gateway_that_listens_has_its_garbage_collected(tmp_path: object) -> None:
+    program = (
+        "import asyncio, gc, os, signal, sys\nfrom pathlib import Path\n"
+        "from corral.config import Settings\nfrom corral.server import serve\n"
+        "gc.disable()\n"  # as `corral serve` does, which loads all of this
+        "def listening(url):\n    print(gc.isenabled())\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "settings = Settings(data_dir=Path(sys.argv[1]), port=0, token='a-token-for-the-tests-0123456789')\n"
+        "asyncio.run(serve(settings, on_listening=listening))"
+    )
+    argv = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
