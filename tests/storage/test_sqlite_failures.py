@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.storage._sqlite_connections import driver
+from corral.storage._sqlite_connections import CACHE_KIB, driver
 from corral.storage.api import StoreUnavailable
 from corral.storage.repositories import Transaction
 from corral.storage.sqlite import SqliteStore
@@ -228,7 +228,7 @@ async def test_a_unit_that_goes_on_after_the_disk_was_full_writes_nothing(small_
             append(tx)
             try:
                 # Larger than SQLite's cache, so that it must be written before the commit.
-                tx.outputs.insert(A, "s_1", "call_1", b"y" * (8 * MEGABYTE))
+                tx.outputs.insert(A, "s_1", "call_1", b"y" * (CACHE_KIB * 1024 + MEGABYTE))
             except Exception:
                 filler.unlink(missing_ok=True)  # from here on there would be room
                 append(tx)
