@@ -24,6 +24,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.support.invariants import Promise
+
 TIMEOUT = 60.0
 TRANSIENT = frozenset({"agent.delta"})
 
@@ -61,6 +63,7 @@ class Wire:
         self._highest: dict[str, int] = {}
         self._news = asyncio.Condition()
         self._broken: str | None = None
+        self._sent: dict[str, tuple[str, Json]] = {}
         self.frames: list[Json] = []
         self.close_code: int | None = None
         self.hello: Json = {}
@@ -115,6 +118,7 @@ class Wire:
         frame: Json = {"type": "req", "id": frame_id, "method": method}
         if params is not None:
             frame["params"] = params
+        self._sent[frame_id] = (method, params if isinstance(params, dict) else {})
         await self.send(frame)
         return frame_id
 
@@ -153,6 +157,18 @@ class Wire:
     @property
     def durable(self) -> list[Json]:
         return [frame for frame in self.events if frame["event"] not in TRANSIENT]
+
+    @property
+    def promises(self) -> list[Promise]:
+        """What was asked for here and answered with `ok: true`, once this client is connected."""
+        if not self.hello:
+            return []
+        who = self.hello["principal"]
+        return [
+            Promise(who["tenantId"], who["subject"], *self._sent[frame["id"]], frame["payload"])
+            for frame in self.frames
+            if frame["type"] == "res" and frame["ok"] and frame["id"] in self._sent
+        ]
 
     def index(self, wanted: Callable[[Json], bool]) -> int:
         """Where the first such frame stands among all that came."""
