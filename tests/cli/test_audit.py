@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from corral.governance.audit import Audit
-from corral.server import Server
 from corral.storage.repositories import Transaction
 from tests.cli.command import call, corral
-from tests.support.house import TOKEN, house
+from tests.support.house import TOKEN, House, house
 
 T = "t_default"
 
 
 class Audited:
-    def __init__(self, folder: Path, server: Server, audit: Audit) -> None:
+    def __init__(self, folder: Path, home: House) -> None:
         self.folder = folder
-        self.server = server
-        self.audit = audit
+        self.home = home
+        self.server = home.server
+        self.audit = Audit(self.server._clock)
 
     async def fill(self, *numbers: int, action: str = "tool.call") -> None:
         def work(tx: Transaction) -> None:
@@ -53,7 +53,7 @@ class Audited:
 async def audited(tmp_path: Path) -> AsyncIterator[Audited]:
     """A server, and an audit to fill its log with."""
     async with house(tmp_path) as made:
-        yield Audited(tmp_path, made.server, Audit(made.server._clock))
+        yield Audited(tmp_path, made)
 
 
 async def test_records_are_shown_from_the_newest_with_nothing_that_drives_the_terminal(audited: Audited) -> None:
@@ -135,6 +135,7 @@ async def test_a_log_is_verified_exported_and_checked_offline_until_somebody_tou
     assert code == 1
     assert out.startswith("BROKEN at record 101:")
 
+    audited.home.unchecked = "a record is changed"
     with sqlite3.connect(audited.folder / "corral.db", timeout=30) as connection:
         connection.execute("UPDATE audit_log SET actor = 'x' WHERE id = 7")
     connection.close()

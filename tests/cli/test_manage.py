@@ -167,6 +167,7 @@ async def test_the_doctor_makes_no_data_directory(tmp_path: Path) -> None:
 
 async def test_the_doctor_names_damage_openness_and_a_foreign_schema(demo: Gateway) -> None:
     await demo.stop()
+    demo.unchecked = "the database is made into another and then into none"
     database = demo.data_dir / "corral.db"
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")

@@ -371,7 +371,8 @@ async def test_an_answer_that_comes_while_the_run_is_being_parked_is_not_missed(
 
 
 async def test_a_call_whose_arguments_are_not_those_that_were_approved_does_not_run(open_house: Open) -> None:
-    async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
+    unchecked = "the arguments are changed in the store"
+    async with open_house(ONCE, ASKS, unchecked=unchecked) as home, await home.wire() as wire:
         approval = await waiting(home, wire)
         other = {"path": "b.txt", "content": "not what was shown"}
         await home.server.store.write(lambda tx: tx.tool_runs.update("t_default", approval["toolCallId"], args=other))

@@ -17,7 +17,7 @@ import pytest
 
 from tests.core.conftest import allow
 from tests.support.house import House, house
-from tests.support.invariants import Inspection, Promise, Seen, check
+from tests.support.invariants import Broken, Inspection, Promise, Seen, check
 from tests.support.model_server import CallTools, Hang, Say, conversation, script_for, user_texts
 from tests.support.wire import Json, Wire
 
@@ -572,3 +572,20 @@ def test_a_key_that_was_answered_in_two_ways_is_found(filled: Filled) -> None:
     look = Inspection(filled.database)
     look.promises([promise, promise, promise._replace(payload={**promise.payload, "more": 1})])
     assert [problem for problem in look.problems if "and then with" in problem], look.problems
+
+
+# ---- where it runs
+
+
+async def test_a_house_that_broke_an_invariant_fails_its_test_at_the_end(tmp_path: Path) -> None:
+    def harm(tx: Any) -> None:
+        tx.sessions.update("t_default", "s1", status="running")
+
+    async def scenario() -> None:
+        async with house(tmp_path / "data") as home, await home.wire() as wire:
+            await wire.effect("agent.run", input="go", sessionId="s1")
+            await wire.event("agent.completed")
+            await home.server.store.write(harm)
+
+    with pytest.raises(Broken, match="session s1 is running where idle is due"):
+        await scenario()

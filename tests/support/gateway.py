@@ -6,11 +6,12 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from corral.config import load_settings, read_endpoint, read_token
+from tests.support.invariants import Inspection
 
 START_TIMEOUT = 60.0
 
@@ -23,12 +24,22 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 class Gateway:
-    """`corral serve --port 0` on `data_dir`. As a context manager it is ended by SIGTERM at the end."""
+    """`corral serve --port 0` on `data_dir`. As a context manager it is ended by SIGTERM at the end,
+    and all invariants are seen to hold then; `unchecked` is the reason for a store that was damaged on purpose."""
 
-    def __init__(self, data_dir: Path, env: Mapping[str, str] | None = None, *arguments: str) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        env: Mapping[str, str] | None = None,
+        *arguments: str,
+        unchecked: str | None = None,
+        program: Sequence[str] = ("-m", "corral", "serve"),
+    ) -> None:
         self.data_dir = data_dir
         self._env = clean_environment(env)
         self._arguments = arguments
+        self.unchecked = unchecked
+        self._program = program
         self._process: asyncio.subprocess.Process | None = None
         self.url = ""
         self.first_line = ""
@@ -43,12 +54,16 @@ class Gateway:
         """All that it has written to standard error, over all its starts."""
         return (self.data_dir.parent / "gateway.log").read_text()
 
-    async def start(self, port: int = 0) -> Gateway:
-        arguments = ["-m", "corral", "serve", "--port", str(port), "--data-dir", str(self.data_dir), *self._arguments]
+    async def spawn(self, port: int = 0) -> asyncio.subprocess.Process:
+        """The process, without waiting until it listens."""
+        arguments = [*self._program, "--port", str(port), "--data-dir", str(self.data_dir), *self._arguments]
         with (self.data_dir.parent / "gateway.log").open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=self._env
             )
+
+    async def start(self, port: int = 0) -> Gateway:
+        self._process = await self.spawn(port)
         assert self._process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT):
             self.first_line = (await self._process.stdout.readline()).decode()
@@ -68,6 +83,12 @@ class Gateway:
             self.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(60):
             return await self.process.wait()
+
+    def inspect(self) -> None:
+        """Raises Broken unless the store keeps the invariants."""
+        look = Inspection(self.data_dir / "corral.db")
+        look.store()
+        look.report()
 
     def token(self) -> str:
         return read_token(load_settings({"data_dir": self.data_dir}, {}))
@@ -89,3 +110,5 @@ class Gateway:
                 await self.stop()
             finally:
                 await self.kill()
+        if error is None and self.unchecked is None and (self.data_dir / "corral.db").exists():
+            self.inspect()

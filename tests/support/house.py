@@ -14,6 +14,7 @@ from corral.config import Settings
 from corral.gateway.options import GatewayOptions
 from corral.server import Server
 from corral.storage.rows import TokenRow
+from tests.support.invariants import Inspection, Seen
 from tests.support.model_server import ModelServer, Script, default_brain
 from tests.support.wire import Wire
 
@@ -28,6 +29,9 @@ class House:
         self.model = model
         self.url = server.url
         self.token = TOKEN
+        self.wires: list[Wire] = []
+        self.unchecked: str | None = None
+        """Why the invariants are not looked at in the end; None: they are."""
 
     async def wire(self, token: str | None = TOKEN, *, ordered: bool = True, **params: Any) -> Wire:
         """A client that is connected. Use with `async with`."""
@@ -37,6 +41,7 @@ class House:
         except BaseException:
             await wire.close()
             raise
+        self.wires.append(wire)
         return wire
 
     async def sockets_gone(self, left: int = 0) -> None:
@@ -80,11 +85,13 @@ async def house(
     options: GatewayOptions | None = None,
     environment: Mapping[str, str] | None = None,
     clock: Clock | None = None,
+    unchecked: str | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    """Start a model server and a Corral over `data_dir`; stop both at the end.
+    """Start a model server and a Corral over `data_dir`; stop both at the end, and see that all invariants hold.
 
-    `environment` adds to the variables that say where models are and with which key.
+    `environment` adds to the variables that say where models are and with which key. `unchecked`
+    is for a test that damages the store on purpose or writes into it what no server would: the reason.
     """
     async with ModelServer(script) as model:
         given = Settings(
@@ -96,4 +103,23 @@ async def house(
             environ[f"{name}_BASE_URL"] = model.root_url
         environ.update(environment or {})
         async with Server(given, clock=clock, options=options, environ=environ) as server:
-            yield House(server, model)
+            home = House(server, model)
+            home.unchecked = unchecked
+            yield home
+    if home.unchecked is None:
+        inspect(home, data_dir)
+
+
+def inspect(home: House, data_dir: Path) -> None:
+    """After the server's end: raises Broken unless the store keeps the invariants, every client saw what
+    it has and was promised, and nothing is left of what the server had in hand."""
+    look = Inspection(data_dir / "corral.db")
+    look.store()
+    for number, wire in enumerate(home.wires, 1):
+        look.client(f"client {number}", Seen([wire.frames], tenant=wire.hello["principal"]["tenantId"]))
+    look.promises([promise for wire in home.wires for promise in wire.promises])
+    server = home.server
+    look.idle(
+        {"connections": server.gateway.connections, "runs": server.core.active_runs, "units": server.store.waiting}
+    )
+    look.report()
