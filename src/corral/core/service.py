@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 LEASE_MS = 30_000
 MAX_STALLS = 5
 _RECOVERY_BATCH = 256
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 1.0
 
 
 class PreparedRun(Struct, kw_only=True, frozen=True):
@@ -316,16 +317,22 @@ class CoreService:
         if run_id in self._active:
             self._woken.add(run_id)
         elif not self.draining:
-            task = asyncio.get_running_loop().create_task(self._continue_woken(tenant_id, run_id))
+            task = asyncio.get_running_loop().create_task(self._continue_surely(tenant_id, run_id, steal=False))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _continue_woken(self, tenant_id: str, run_id: str) -> None:
-        try:
-            await self.continue_(tenant_id, run_id)
-        except StoreUnavailable:
-            # The decision stands in the store; the next start finds it, if nothing does before.
-            log.warning("run not taken up", extra={"action": "run.wake_failed", "run": run_id})
+    async def _continue_surely(self, tenant_id: str, run_id: str, *, steal: bool) -> None:
+        """`continue_`, again and again while the store cannot write: nothing else would take the run up before
+        the next start, which finds it if this process drains first."""
+        delay = _RETRY_FIRST_S
+        while not self.draining:
+            try:
+                await self.continue_(tenant_id, run_id, steal=steal)
+                return
+            except StoreUnavailable:
+                log.warning("run not taken up yet", extra={"action": "run.wake_failed", "run": run_id})
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _RETRY_MOST_S)
 
     async def continue_(self, tenant_id: str, run_id: str, *, steal: bool = False) -> None:
         """Take a run up from its journal, if nobody else owns it (`steal`: whoever does).
@@ -350,7 +357,7 @@ class CoreService:
             async with asyncio.TaskGroup() as tasks:
                 for row, idle in rows:
                     if row.id not in self._active and not idle:
-                        tasks.create_task(self.continue_(row.tenant_id, row.id, steal=True))
+                        tasks.create_task(self._continue_surely(row.tenant_id, row.id, steal=True))
                         count += 1
             after = (rows[-1][0].created_at, rows[-1][0].id)
 
