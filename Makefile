@@ -14,13 +14,14 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.1
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench check format lock install setup setup-dev schema clean
+.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
 	@echo "make demo     a tour that needs no key: a gateway is killed in the middle of a run and goes on"
 	@echo "make test     set up with the development dependencies, then run the whole suite"
 	@echo "make bench    what it costs beside the bare libraries: one table (BENCH_ARGS=--quick takes a minute)"
+	@echo "make chaos    break everything at random for five minutes and see that nothing is lost (CHAOS_SECONDS=, CHAOS_SEED=)"
 	@echo "make check    format, lint, types, the order of the rooms, the published schema"
 	@echo "make format   put the sources into the house's format"
 	@echo "make schema   write docs/reference anew from the code"
@@ -41,6 +42,9 @@ test: setup-dev
 
 bench: setup
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+chaos: setup-dev
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
 
 check: setup-dev
 	$(BIN)/ruff format --check .

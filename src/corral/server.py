@@ -266,13 +266,15 @@ class Server:
             self._lock.release()
 
 
-async def serve(settings: Settings, *, on_listening: Callable[[str], None] | None = None) -> None:
+async def serve(
+    settings: Settings, *, on_listening: Callable[[str], None] | None = None, clock: Clock | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Raises what entering `Server` raises."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with Server(settings) as server:
+    async with Server(settings, clock=clock) as server:
         # What is loaded by now stays. A turn makes thousands of objects that its end frees without the collector, which
         # at the default of 700 looks through them all the same, a twentieth of a turn's processor time.
         gc.freeze()

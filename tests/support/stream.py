@@ -56,6 +56,12 @@ class EventStream:
         self._response.close()
         await self._client.close()
 
+    def cut(self) -> None:
+        """End the connection as a network does."""
+        connection = self._response.connection
+        if connection is not None and connection.transport is not None:
+            connection.transport.abort()
+
     async def next(self) -> Sse | None:
         """The next event, None at the end. Raises aiohttp.ClientError if the stream is cut off."""
         fields: dict[str, str] = {}

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -47,6 +48,10 @@ class Refused(Exception):
         self.code: str = error["code"]
         self.message: str = error["message"]
         self.error = error
+
+
+class Gone(AssertionError):
+    """The connection ended before what was waited for had come."""
 
 
 class Wire:
@@ -98,6 +103,14 @@ class Wire:
         await self._socket.close()
         await self._session.close()
         await asyncio.wait({self._reader})
+
+    def cut(self) -> None:
+        """End the connection as a network does: no close frame, and no answer to what is under way."""
+        sock = self._socket.get_extra_info("socket")
+        # It may be gone already.
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
         """Raises AssertionError if anything that came broke a rule that always holds."""
@@ -185,7 +198,8 @@ class Wire:
         async with self._news:
             async with asyncio.timeout(timeout):
                 await self._news.wait_for(there)
-        assert found, f"closed with {self.close_code} before that frame came; last: {self.frames[-3:]}"
+        if not found:
+            raise Gone(f"closed with {self.close_code} before that frame came; last: {self.frames[-3:]}")
         return found[0]
 
     async def event(self, name: str, timeout: float = TIMEOUT, **payload: Any) -> Json:
@@ -197,7 +211,8 @@ class Wire:
         async with self._news:
             async with asyncio.timeout(timeout):
                 await self._news.wait_for(lambda: holds() or self.close_code is not None)
-        assert holds(), f"closed with {self.close_code} before that held"
+        if not holds():
+            raise Gone(f"closed with {self.close_code} before that held")
 
     async def closed(self, timeout: float = TIMEOUT) -> int:
         """Wait for the server to close; the code."""
