@@ -9,10 +9,13 @@ from msgspec import UNSET, UnsetType
 
 from corral.clock import rfc3339
 from corral.protocol.events import RuntimeModeChanged, SessionUpdated
+from corral.protocol.ready import look_through
 from corral.protocol.types import Run, RunError, Session, Usage
 from corral.storage.events import append
 from corral.storage.repositories import Transaction
 from corral.storage.rows import RunRow, SessionRow
+
+look_through(RunError)
 
 
 def append_session_updated(tx: Transaction, session: SessionRow, reason: str, now_ms: int) -> SessionRow:

@@ -12,8 +12,11 @@ from corral.governance.policy import DEFAULT_MAX_STEPS, EffectivePolicy
 from corral.models.api import ModelInfo, ModelRequest, Models
 from corral.models.tokens import request_tokens
 from corral.protocol.errors import BudgetExceeded, LimitReached
+from corral.protocol.ready import look_through
 from corral.protocol.types import RunLimits
 from corral.storage.rows import RunRow
+
+look_through(RunLimits)
 
 # Above this the budget is no bound worth sending: models have output limits of their own.
 _MOST_OUTPUT = LONGEST_ANSWER

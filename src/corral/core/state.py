@@ -20,10 +20,13 @@ from corral.governance.policy import EffectivePolicy, effective_policy
 from corral.ids import Ids
 from corral.models.api import Message, Models
 from corral.protocol.errors import PolicyDenied
+from corral.protocol.ready import look_through
 from corral.protocol.types import RunStatus, SessionStatus
 from corral.storage.api import Store, StoreUnavailable
 from corral.storage.repositories import Transaction
 from corral.storage.rows import AgentRow, ApprovalRow, RunRow, SessionRow, ToolRunRow
+
+look_through(Message)
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from corral.executor.api import ToolSpec
+from corral.protocol.ready import look_through
 from corral.protocol.types import Risk
 
 Timeout = Annotated[
@@ -137,6 +138,7 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "file.edit": FileEdit,
     "http.request": HttpRequest,
 }
+look_through(*ARGUMENTS.values())
 
 SPECS: tuple[ToolSpec, ...] = (
     _spec(

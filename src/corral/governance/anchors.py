@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from corral.config import create_private
 from corral.protocol.canonical import canonical_json
+from corral.protocol.ready import look_through
 from corral.protocol.types import AuditAnchor
 
 if TYPE_CHECKING:
@@ -124,6 +125,9 @@ class _Heads(Struct, kw_only=True, rename="camel"):
 
     def message(self) -> bytes:
         return _HEADS_DOMAIN + canonical_json({t: anchor.sig for t, anchor in self.tenants.items()})
+
+
+look_through(AuditAnchor, _Heads)
 
 
 class AnchorFiles:

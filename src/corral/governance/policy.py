@@ -31,6 +31,7 @@ from corral.protocol.methods import (
     PolicyUpdateParams,
     PolicyUpdateResult,
 )
+from corral.protocol.ready import look_through
 from corral.protocol.types import (
     BashMode,
     BashNetwork,
@@ -45,6 +46,8 @@ from corral.protocol.types import (
 )
 from corral.storage.repositories import Transaction
 from corral.storage.rows import PolicyRow, SessionRow
+
+look_through(PolicyDocument)
 
 DEFAULT_MAX_STEPS = 50
 DEFAULT_AGENT = "a_default"
