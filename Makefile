@@ -14,7 +14,7 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.1
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean
+.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
@@ -27,6 +27,7 @@ help:
 	@echo "make schema   write docs/reference anew from the code"
 	@echo "make lock     resolve the dependencies anew into requirements/*.txt (UPGRADE=1 takes newer ones)"
 	@echo "make providers  set up with the library that google:NAME needs; it stays through later set-ups"
+	@echo "make otel     set up with what sends traces (OpenTelemetry); it stays through later set-ups"
 	@echo "make install  set up and stop: $(BIN)/corral is then the program"
 	@echo "make clean    remove .venv and the caches; the data directory is not touched"
 
@@ -65,11 +66,16 @@ lock: setup
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in -o requirements/runtime.txt
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in --extra providers \
 		-c requirements/runtime.txt -o requirements/providers.txt
-	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in --extra providers --group dev \
-		-c requirements/providers.txt -o requirements/dev.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in --extra otel \
+		-c requirements/providers.txt -o requirements/otel.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/build.in --all-extras --group dev \
+		-c requirements/providers.txt -c requirements/otel.txt -o requirements/dev.txt
 
 providers:
 	@$(SETUP) --providers
+
+otel:
+	@$(SETUP) --otel
 
 install: setup
 	@echo "set up: $(BIN)/corral is the program"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the virtual environment from the locked requirements, with the standard library alone.
 
-    python3 tools/setup.py [--dev] [--providers] [--venv DIR] [--force]
+    python3 tools/setup.py [--dev] [--providers] [--otel] [--venv DIR] [--force]
 
 Any interpreter may run it; Corral itself needs 3.11. It does nothing when DIR was made by the
 same Python from the same files, so it may be run before every command.
@@ -18,6 +18,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MINIMUM = (3, 11)
+EXTRAS = ("providers", "otel")
 STAMP = ".corral-setup.json"
 
 
@@ -25,6 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dev", action="store_true", help="with what tests and checks need")
     parser.add_argument("--providers", action="store_true", help="with what the optional providers need; this stays")
+    parser.add_argument("--otel", action="store_true", help="with what sends traces; this stays too")
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="where (default: .venv)")
     parser.add_argument("--force", action="store_true", help="make it anew")
     parser.add_argument("--same-python", action="store_true", help="make it anew if another Python made it")
@@ -38,7 +40,8 @@ def main():
     venv = os.path.abspath(options.venv)
     wanted = {"files": digest(), "python": list(sys.version_info[:2])}
     found = read_stamp(venv)
-    options.providers = options.providers or bool(found and found.get("providers"))
+    for extra in EXTRAS:
+        setattr(options, extra, getattr(options, extra) or bool(found and found.get(extra)))
     if not options.force and fits(found, wanted, options):
         return
     if options.force or wrong_python(venv, options.same_python):
@@ -49,7 +52,8 @@ def main():
     install(venv, options)
     wanted["python"] = venv_python(venv) or wanted["python"]
     wanted["dev"] = options.dev
-    wanted["providers"] = options.providers or options.dev
+    for extra in EXTRAS:
+        wanted[extra] = getattr(options, extra) or options.dev
     with open(os.path.join(venv, STAMP), "w") as stamp:
         json.dump(wanted, stamp)
 
@@ -58,7 +62,8 @@ def digest():
     """One hash over every file that says what is installed."""
     sums = {}
     names = ["pyproject.toml", "tools/setup.py"]
-    names += ["requirements/" + name for name in ("bootstrap.txt", "runtime.txt", "providers.txt", "dev.txt")]
+    names += ["requirements/" + name for name in ("bootstrap.txt", "runtime.txt", "dev.txt")]
+    names += ["requirements/" + extra + ".txt" for extra in EXTRAS]
     for name in names:
         with open(os.path.join(ROOT, name), "rb") as file:
             sums[name] = hashlib.sha256(file.read()).hexdigest()
@@ -76,7 +81,7 @@ def read_stamp(venv):
 def fits(found, wanted, options):
     if not found or found.get("files") != wanted["files"]:
         return False
-    if (options.dev and not found.get("dev")) or (options.providers and not found.get("providers")):
+    if any(getattr(options, name) and not found.get(name) for name in ("dev",) + EXTRAS):
         return False
     return not options.same_python or found.get("python") == wanted["python"]
 
@@ -119,8 +124,9 @@ def install(venv, options):
     # Compiled now and not at the first start: where Python may not write bytecode, or is told not to
     # (PYTHONDONTWRITEBYTECODE), every start would compile everything anew and take twice as long.
     uv = [python, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", python]
-    locked = lock("dev" if options.dev else "providers" if options.providers else "runtime")
-    must(uv + ["--require-hashes", "-r", locked], "installing the dependencies")
+    extras = [extra for extra in EXTRAS if getattr(options, extra)]
+    files = [lock(name) for name in (["dev"] if options.dev else extras or ["runtime"])]
+    must(uv + ["--require-hashes"] + [part for file in files for part in ("-r", file)], "installing the dependencies")
     must(uv + ["--no-deps", "--no-build-isolation", "--editable", ROOT], "installing Corral")
     run([python, "-m", "compileall", "-q", os.path.join(ROOT, "src")])
 
