@@ -11,9 +11,10 @@ import hashlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
+from typing import Protocol
 
 from corral.bus.local import LocalBus
 from corral.clock import Clock, SystemClock
@@ -30,6 +31,7 @@ from corral.core.judge import Rejudge, four_eyes
 from corral.core.service import CoreService
 from corral.core.sessions import SessionMethods
 from corral.core.state import Deps, RunOptions, folder_of
+from corral.core.traces import RunTraces
 from corral.executor.service import Executor
 from corral.gateway.app import Gateway
 from corral.gateway.dispatch import Effect, MethodTables
@@ -51,6 +53,7 @@ from corral.storage.lock import DataDirLock
 from corral.storage.repositories import Transaction
 from corral.storage.rows import TokenRow
 from corral.storage.sqlite import SqliteStore
+from corral.tracing import Span, wanted
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ class Server:
     """A gateway with everything behind it, in this process. Use as an async context manager.
 
     Entering raises DataDirLocked if another process has the data directory, OSError if the
-    address cannot be had, and StoreUnavailable if the store cannot be opened.
+    address cannot be had, and StoreUnavailable if the store cannot be opened. `traces` takes the place
+    of what the environment's OTEL_* ask for; it is closed with the server.
     """
 
     def __init__(
@@ -77,12 +81,15 @@ class Server:
         clock: Clock | None = None,
         options: GatewayOptions | None = None,
         environ: dict[str, str] | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.settings = settings
         self.url = ""
         self._clock = clock or SystemClock()
         self._options = options or GatewayOptions()
         self._environ = dict(os.environ) if environ is None else environ
+        self._traces = traces
+        self._run_traces: RunTraces | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Server:
@@ -102,6 +109,7 @@ class Server:
         self.store = await SqliteStore.open(settings.data_dir / "corral.db", clock)
         try:
             self._cursor_key = await self.store.write(lambda tx: _first_rows(tx, settings, token, clock.now_ms()))
+            self._traces = self._traces or _traces(self._environ)
             self._assemble()
             host, port = await self.gateway.start(settings.host, settings.port)
         except BaseException:
@@ -117,6 +125,8 @@ class Server:
             asyncio.create_task(self.keeper.run(), name="audit"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
         ]
+        if self._run_traces is not None:
+            self._tasks.append(asyncio.create_task(self._run_traces.run(), name="traces"))
         for task in self._tasks:
             task.add_done_callback(_report)
 
@@ -152,6 +162,8 @@ class Server:
             rejudge=Rejudge(self.executor, options),
             four_eyes=four_eyes,
         )
+        record = self._traces.record if self._traces is not None else None
+        self._run_traces = RunTraces(self.store, record) if record is not None else None
         deps = Deps(
             store=self.store,
             bus=self.bus,
@@ -162,6 +174,7 @@ class Server:
             clock=clock,
             ids=ids,
             options=options,
+            record=record,
         )
         sessions = SessionMethods(clock, ids, audit, roots)
         self.core = CoreService(deps, sessions, owner=ids.new("node"), max_active=settings.max_active_runs)
@@ -177,6 +190,7 @@ class Server:
             clock=clock,
             ids=ids,
             methods=self._methods(deps, sessions),
+            record=record,
         )
 
     def _methods(self, deps: Deps, sessions: SessionMethods) -> MethodTables:
@@ -243,6 +257,16 @@ class Server:
         named = [value for name, value in self._environ.items() if name.endswith(("_API_KEY", "_TOKEN", "_SECRET"))]
         return [ensure_token(self.settings), *named]
 
+    async def _close_traces(self) -> None:
+        """Send what is left of the spans, after the last run was let go and before the store closes."""
+        if self._run_traces is not None:
+            await self._run_traces.drain()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
+
     async def drain(self) -> None:
         """Refuse new runs, leave the live ones resumable, close the sockets with 1012."""
         self.core.draining = True
@@ -252,10 +276,12 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for task in self._tasks:
+            helpers = [task for task in self._tasks if task.get_name() != "traces"]
+            for task in helpers:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*helpers, return_exceptions=True)
             await self.drain()
+            await self._close_traces()
             await self.gateway.close()
             await self.models.close()
             await self.executor.close()
@@ -284,6 +310,30 @@ async def serve(
             on_listening(server.url)
         await stop.wait()
         log.info("draining", extra={"action": "server.drain"})
+
+
+class Traces(Protocol):
+    """What takes spans over; `corral.otel.Traces` is it."""
+
+    def record(self, span: Span) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _traces(environ: Mapping[str, str]) -> Traces | None:
+    """What the environment asks for. Traces are a help: a lack of what sends them stops nothing."""
+    if not wanted(environ):
+        return None
+    try:
+        from corral.otel import open_traces
+
+        return open_traces()
+    except ImportError:
+        text = "OTEL_* ask for traces, and what sends them is not installed: make otel, or pip install 'corral[otel]'"
+        log.warning(text, extra={"action": "traces.not_installed"})
+    except Exception:
+        log.exception("traces cannot be sent with these OTEL_* variables", extra={"action": "traces.not_opened"})
+    return None
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -51,6 +51,7 @@ class Follower:
 
     def __init__(self, home: House) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self.id = "conn_test"
         self.effects_in_flight = 0
         self.outbox = Outbox(10**7, 10**4, self.too_slow)
         server = home.server

@@ -18,7 +18,7 @@ START_TIMEOUT = 60.0
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without what would configure Corral or a model, and with `extra`."""
-    dropped = ("CORRAL_", "OPENAI_", "ANTHROPIC_")
+    dropped = ("CORRAL_", "OPENAI_", "ANTHROPIC_", "OTEL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**environment, "NO_COLOR": "1", **(extra or {})}
 

@@ -12,7 +12,7 @@ from typing import Any
 from corral.clock import Clock
 from corral.config import Settings
 from corral.gateway.options import GatewayOptions
-from corral.server import Server
+from corral.server import Server, Traces
 from corral.storage.rows import TokenRow
 from tests.support.invariants import Inspection, Seen
 from tests.support.model_server import ModelServer, Script, default_brain
@@ -85,6 +85,7 @@ async def house(
     options: GatewayOptions | None = None,
     environment: Mapping[str, str] | None = None,
     clock: Clock | None = None,
+    traces: Traces | None = None,
     unchecked: str | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
@@ -102,7 +103,7 @@ async def house(
         for name in ("ANTHROPIC", "GOOGLE_GEMINI"):
             environ[f"{name}_BASE_URL"] = model.root_url
         environ.update(environment or {})
-        async with Server(given, clock=clock, options=options, environ=environ) as server:
+        async with Server(given, clock=clock, options=options, environ=environ, traces=traces) as server:
             home = House(server, model)
             home.unchecked = unchecked
             yield home

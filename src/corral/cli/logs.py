@@ -11,9 +11,18 @@ import sys
 
 from corral.clock import rfc3339
 from corral.config import Settings
+from corral.tracing import WHERE
 
 _FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 """What every record has; the rest was given as `extra`."""
+
+
+def _place(record: logging.LogRecord) -> bool:
+    """Add the ids of the work that the line is about where it does not say them itself."""
+    for name, value in WHERE.get().items():
+        if getattr(record, name, None) is None:
+            setattr(record, name, value)
+    return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,6 +44,7 @@ class JsonFormatter(logging.Formatter):
 def log_to_stderr(settings: Settings) -> None:
     """Set the process's logging up as the settings say."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_place)
     if settings.log_format == "json":
         handler.setFormatter(JsonFormatter())
     else:

@@ -25,6 +25,7 @@ from corral.core.ending import completed, end_run, record_result
 from corral.core.judge import binding_of, question
 from corral.core.limits import Limits, call_of, limits_of
 from corral.core.state import Deps, Fence, Loaded, park, policy_of
+from corral.core.traces import model_span
 from corral.executor.api import CallContext, ToolOutcome
 from corral.governance.budgets import day_of, limits_days, reserve, settle
 from corral.governance.facts import CallFacts
@@ -38,13 +39,14 @@ from corral.models.api import (
     ToolDefinition,
     ToolMessage,
 )
-from corral.protocol.errors import InternalError, PolicyDenied
+from corral.protocol.errors import CorralError, ErrorCode, InternalError, PolicyDenied
 from corral.protocol.events import AgentMessage
 from corral.protocol.methods import AgentAbortResult
 from corral.protocol.types import Usage
 from corral.storage.events import append
 from corral.storage.repositories import Transaction
 from corral.storage.rows import ApprovalRow, MessageRow, RunRow, ToolRunRow
+from corral.tracing import Record, Stopwatch
 
 DEFAULT_PROMPT = (
     "You are an agent that works on a person's machine through tools. Tools run in the session's folder; "
@@ -98,6 +100,30 @@ class ModelStep:
             request.max_output_tokens = await self._fence.commit(
                 lambda tx: reserve(tx, state.run, state.policy, call, day)
             )
+        if self._deps.record is None:
+            return await self._stream(state, request, chain)
+        return await self._traced(self._deps.record, state, request, chain)
+
+    async def _traced(
+        self, record: Record, state: Loaded, request: ModelRequest, chain: Sequence[str]
+    ) -> tuple[Finished, str]:
+        """`_stream`, told as a span however it ends."""
+        watch = Stopwatch(self._deps.clock.now_ms, self._deps.clock.monotonic)
+        finished, error = None, str(ErrorCode.INTERNAL_ERROR)
+        try:
+            finished, message_id = await self._stream(state, request, chain)
+            error = ""
+        except CorralError as problem:
+            error = str(problem.code)
+            raise
+        except asyncio.CancelledError:
+            error = str(ErrorCode.ABORTED)
+            raise
+        finally:
+            record(model_span(state.run, watch, chain[0], finished, error))
+        return finished, message_id
+
+    async def _stream(self, state: Loaded, request: ModelRequest, chain: Sequence[str]) -> tuple[Finished, str]:
         message_id, offset = self._deps.ids.new("m"), 0
         async with aclosing(self._deps.models.stream(request, chain)) as events:
             async for event in events:

@@ -21,11 +21,13 @@ from corral.core.limits import limits_of
 from corral.core.model_step import ModelStep
 from corral.core.state import Deps, Fence, LeaseLost, Loaded, context_of, load
 from corral.core.tool_step import ToolStep
+from corral.core.traces import places
 from corral.executor.api import CallContext
 from corral.protocol.errors import CorralError, ErrorCode, LimitReached
 from corral.protocol.methods import AgentAbortResult
 from corral.protocol.types import RunStatus, SessionStatus
 from corral.storage.repositories import Transaction
+from corral.tracing import WHERE
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class RunLoop:
     async def drive(self) -> None:
         """Take the run to its end, or as far as it goes before `leave`, a person or the loss of the lease."""
         self._task = asyncio.current_task()
+        WHERE.set({"tenant": self._tenant_id, "run": self._run_id})
         if self._aborting or self._leaving:
             # Told before the first step: the message is taken at the first place to wait.
             self._interrupt()
@@ -140,6 +143,7 @@ class RunLoop:
     async def _begin(self) -> Loaded:
         """The run as it stands, marked as running if it waited for a place or for a person."""
         state = await self._deps.store.read(lambda tx: load(tx, self._tenant_id, self._run_id))
+        WHERE.set(places(state.run))
         run, now = state.run, self._deps.clock.now_ms()
         if run.status == RunStatus.RUNNING:
             return state

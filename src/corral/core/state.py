@@ -25,6 +25,7 @@ from corral.protocol.types import RunStatus, SessionStatus
 from corral.storage.api import Store, StoreUnavailable
 from corral.storage.repositories import Transaction
 from corral.storage.rows import AgentRow, ApprovalRow, RunRow, SessionRow, ToolRunRow
+from corral.tracing import Record
 
 look_through(Message)
 
@@ -63,6 +64,8 @@ class Deps(Struct, kw_only=True, frozen=True):
     clock: Clock
     ids: Ids
     options: RunOptions
+    record: Record | None = None
+    """Where spans go, if they go anywhere."""
 
 
 class Loaded(Struct, kw_only=True):

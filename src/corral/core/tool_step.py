@@ -11,12 +11,15 @@ from corral.core.calls import changed_since, interrupted, not_approved, refused,
 from corral.core.ending import record_result
 from corral.core.judge import args_hash, binding_of, current, question
 from corral.core.state import Deps, Fence, LeaseLost, Loaded, open_calls_of, park, policy_of
+from corral.core.traces import tool_span
 from corral.executor.api import Call, CallContext, ToolOutcome
 from corral.governance.policy import EffectivePolicy
 from corral.models.api import AssistantMessage
+from corral.protocol.errors import ErrorCode
 from corral.protocol.types import ApprovalStatus
 from corral.storage.repositories import Transaction
 from corral.storage.rows import ApprovalRow, ToolRunRow
+from corral.tracing import Stopwatch
 
 
 class Cleared(Struct, kw_only=True, frozen=True):
@@ -134,10 +137,22 @@ class ToolStep:
         self.running += 1
         try:
             call = Call(id=row.id, tool_name=row.tool_name, args=row.args)
-            outcome = await self._deps.executor.execute(call, context)
+            outcome = await self._execute(state, call, context, row)
             await self._record(state, row, outcome)
         finally:
             self.running -= 1
+
+    async def _execute(self, state: Loaded, call: Call, context: CallContext, row: ToolRunRow) -> ToolOutcome:
+        """Run the tool; told as a span however it ends."""
+        record = self._deps.record
+        if record is None:
+            return await self._deps.executor.execute(call, context)
+        watch, outcome = Stopwatch(self._deps.clock.now_ms, self._deps.clock.monotonic), None
+        try:
+            outcome = await self._deps.executor.execute(call, context)
+        finally:
+            record(tool_span(state.run, row, watch, outcome, "" if outcome is not None else str(ErrorCode.ABORTED)))
+        return outcome
 
     async def _record(self, state: Loaded, row: ToolRunRow, outcome: ToolOutcome) -> None:
         now = self._deps.clock.now_ms()

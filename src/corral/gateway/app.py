@@ -36,6 +36,7 @@ from corral.governance.welcome import Welcome
 from corral.ids import Ids
 from corral.protocol.errors import InvalidRequest, NotFound, RateLimited, Unavailable
 from corral.storage.api import Store
+from corral.tracing import Record
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Gateway:
         ids: Ids,
         options: GatewayOptions | None = None,
         cursor_key: bytes = b"",
+        record: Record | None = None,
     ) -> None:
         options = options or GatewayOptions()
         self._settings = settings
@@ -80,7 +82,9 @@ class Gateway:
         self._gate = PreauthGate(options)
         self._authenticator = Authenticator(store, clock, FailedAuthLimiter(clock.monotonic, options))
         limiter = RequestLimiter(clock.monotonic, options, settings.requests_per_second)
-        self._dispatcher = Dispatcher(store, idempotency, ids, methods, self._metrics.request)
+        self._dispatcher = Dispatcher(
+            store, idempotency, ids, methods, self._metrics.request, clock=clock, record=record
+        )
         self._door = Door(self._authenticator, limiter, self._dispatcher)
         feeds = FeedSystem(store, bus, FeedCursors(cursor_key), options, self._background.spawn)
         runs = RunMethods(self._dispatcher, store, core, self._draining)
@@ -94,6 +98,7 @@ class Gateway:
             max_frame_bytes=settings.max_frame_bytes,
             heartbeat_ms=settings.heartbeat_ms,
             count=self._metrics.request,
+            record=record,
         )
         self._services = ConnectionServices(
             dispatcher=self._dispatcher,

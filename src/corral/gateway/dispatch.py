@@ -12,10 +12,12 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct
 
+from corral.clock import Clock
 from corral.gateway.feeds import ConnectionFeeds
 from corral.gateway.frames import RequestFrame, error_frame, response_frame
 from corral.gateway.metrics import CANCELLED, OK, OTHER
 from corral.gateway.problems import params_problem
+from corral.gateway.traces import TRACED, request_span
 from corral.governance.caller import Caller
 from corral.governance.idempotency import Idempotency, Performed
 from corral.ids import Ids
@@ -25,6 +27,7 @@ from corral.protocol.methods import METHODS, Method, Params, SideEffectParams
 from corral.protocol.types import Principal, Wire
 from corral.storage.api import Store
 from corral.storage.repositories import Transaction
+from corral.tracing import WHERE, Record, Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +143,16 @@ class Dispatcher:
         ids: Ids,
         methods: MethodTables,
         count: CountRequest,
+        *,
+        clock: Clock,
+        record: Record | None = None,
     ) -> None:
         self._store = store
         self._idempotency = idempotency
         self._ids = ids
         self._count = count
+        self._clock = clock
+        self._record = record
         self._handlers: dict[str, Handler] = {}
         for name, function in methods.reads.items():
             self.add(name, self._reading(function))
@@ -178,12 +186,19 @@ class Dispatcher:
         """Carry a request out and answer it, whatever happens. Raises nothing but cancellation."""
         trace_id = self.new_trace_id()
         began = time.monotonic()
+        record = self._record if frame.method in TRACED else None
+        watch = Stopwatch(self._clock.now_ms, self._clock.monotonic) if record is not None else None
+        where = WHERE.set({"trace_id": trace_id, "tenant": principal.tenant_id})
         try:
             await self._carry_out(frame, principal, workspace_id, trace_id, answer, feeds)
         except Exception as error:
             self.fail(answer, error, trace_id, frame.method, principal.tenant_id)
         finally:
+            WHERE.reset(where)
             self._count(frame.method, answer.outcome, time.monotonic() - began)
+            if record is not None and watch is not None:
+                on = feeds.peer.id if feeds is not None else ""
+                record(request_span(frame.method, trace_id, principal, on, answer.payload, watch, answer.outcome))
 
     async def _carry_out(
         self,

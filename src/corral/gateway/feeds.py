@@ -40,6 +40,11 @@ class Peer(Protocol):
     """What a feed needs of its connection."""
 
     @property
+    def id(self) -> str:
+        """`conn_…`."""
+        ...
+
+    @property
     def outbox(self) -> Outbox: ...
 
     @property

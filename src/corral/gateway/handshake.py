@@ -14,6 +14,7 @@ from corral.gateway.auth import Authenticator
 from corral.gateway.dispatch import CountRequest, Dispatcher, check_role, decode_params, enter
 from corral.gateway.metrics import CANCELLED, OK
 from corral.gateway.options import GatewayOptions
+from corral.gateway.traces import connect_span
 from corral.governance.caller import Caller
 from corral.governance.welcome import Welcome
 from corral.protocol import PROTOCOL_VERSION
@@ -30,6 +31,7 @@ from corral.protocol.events import EVENTS
 from corral.protocol.frames import Features
 from corral.protocol.methods import METHODS, ConnectParams, ConnectResult, Limits, ProtocolRange
 from corral.protocol.types import Principal
+from corral.tracing import Record, Stopwatch
 
 _DEFAULT_STEPS = 50
 _VERSION = re.compile(r"(\d{1,9})(?:\.(\d{1,9}))?(?:\.(\d{1,9}))?")
@@ -97,12 +99,14 @@ class Handshake:
         max_frame_bytes: int,
         heartbeat_ms: int,
         count: CountRequest,
+        record: Record | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._dispatcher = dispatcher
         self._clock = clock
         self._welcome = welcome
         self._count = count
+        self._record = record
         self._limits = Limits(
             max_frame_bytes=max_frame_bytes,
             heartbeat_ms=heartbeat_ms,
@@ -116,7 +120,8 @@ class Handshake:
         Raises InvalidRequest, UnsupportedVersion, Unauthorized, Forbidden, RateLimited, StoreUnavailable.
         """
         began = time.monotonic()
-        outcome = CANCELLED
+        watch = Stopwatch(self._clock.now_ms, self._clock.monotonic)
+        outcome, admitted = CANCELLED, None
         try:
             admitted = await self._admit(params_text, header_token, address, connection_id)
             outcome = OK
@@ -128,6 +133,9 @@ class Handshake:
             raise
         finally:
             self._count("connect", outcome, time.monotonic() - began)
+            if self._record is not None:
+                who, where = (admitted.principal, admitted.workspace_id) if admitted is not None else (None, None)
+                self._record(connect_span(connection_id, who, where, watch, outcome))
         return admitted
 
     async def _admit(self, params_text: bytes, header_token: str | None, address: str, connection_id: str) -> Admitted:
