@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import msgspec
@@ -30,6 +31,7 @@ from corral.models.router import ModelRouter, RetryPolicy
 from corral.protocol.errors import CorralError
 from corral.storage.examine import examine
 from corral.storage.lock import NAME as LOCK_FILE
+from corral.tracing import wanted
 
 MODEL_TIMEOUT_S = 20.0
 PROGRAM_TIMEOUT_S = 5.0
@@ -70,6 +72,7 @@ async def check_all(settings: Settings, *, offline: bool) -> list[Check]:
         _gateway(settings),
         _sandbox(settings),
         _model(settings, offline),
+        asyncio.to_thread(_traces),
         _containers(),
     ]
     return [check for group in await asyncio.gather(*groups) for check in group]
@@ -303,6 +306,26 @@ def _remedy(model: str) -> str:
     kind = parse(model).kind
     variables = [*kind.url_variables[:1], *kind.key_variables[:1]]
     return f"check {' and '.join(variables)} and that the server runs, or name another model with --model"
+
+
+# ---- traces
+
+
+def _traces() -> list[Check]:
+    """What this shell's variables ask for: the gateway has its own."""
+    if not wanted(os.environ):
+        return [note("traces", "not sent", "only who wants them needs OTEL_EXPORTER_OTLP_ENDPOINT")]
+    try:
+        importlib.metadata.version("opentelemetry-exporter-otlp-proto-http")
+    except importlib.metadata.PackageNotFoundError:
+        return [missing("traces", "asked for, and what sends them is not installed", "pip install 'corral[otel]'")]
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+    return [ok("traces", f"sent to {_without_secrets(endpoint)}")]
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 # ---- containers
