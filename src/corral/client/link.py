@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable
@@ -308,6 +309,9 @@ def _nobody_asked(_state: State, _reason: str) -> None:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and (error.os_error.errno or 0) > 0:
+        # Not its own text, which names the address once more, and a Python tuple.
+        return os.strerror(error.os_error.errno or 0)
     return str(error) or type(error).__name__
 
 

@@ -55,7 +55,7 @@ def _range(field: str, found: re.Match[str]) -> str:
 
 
 def _pattern(field: str, found: re.Match[str]) -> str:
-    readable = found["regex"].replace(_END_OF_TEXT, "$").replace("\\\\", "\\")
+    readable = found["regex"].replace("\\\\", "\\").replace(_END_OF_TEXT, "$")
     return f"{field} must match {readable}"
 
 

@@ -124,8 +124,10 @@ def parse(model: str) -> Target:
     provider, colon, name = model.partition(":")
     kind = PROVIDERS.get(provider)
     if kind is None:
-        known = ", ".join(f"{one.name}:NAME" if one.takes_name else one.name for one in PROVIDERS.values())
-        raise InvalidRequest(f"there is no model provider {provider[:100]!r}; there are {known}")
+        named = ", ".join(one.name for one in PROVIDERS.values() if one.takes_name)
+        bare = " or ".join(one.name for one in PROVIDERS.values() if not one.takes_name)
+        ways = f"PROVIDER:NAME with one of {named}, or it is {bare}"
+        raise InvalidRequest(f"there is no model provider {provider[:100]!r}; a model is {ways}")
     if kind.takes_name and not name:
         raise InvalidRequest(f"the model {model[:100]!r} lacks a name; write {provider}:NAME")
     if not kind.takes_name and colon:

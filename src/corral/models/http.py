@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -292,7 +293,9 @@ def describe(error: BaseException, endpoint: Endpoint, timeouts: Timeouts) -> st
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return f"the host name of {endpoint.shown} is not known; check {endpoint.url_variable}"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect to {endpoint.shown} ({error.os_error.strerror or type(error.os_error).__name__})"
+        cause = error.os_error
+        words = os.strerror(cause.errno) if cause.errno is not None and cause.errno > 0 else type(cause).__name__
+        return f"cannot connect to {endpoint.shown} ({words})"
     if isinstance(error, aiohttp.ClientPayloadError):
         return f"{endpoint.shown} broke off in the middle of the answer"
     return f"the connection to {endpoint.shown} broke ({type(error).__name__})"
