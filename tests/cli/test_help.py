@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from corral.cli import COMMANDS
-from tests.cli.command import call
+from corral.cli.common import TOOLS
+from corral.executor.catalogue import SPECS
+from tests.cli.command import call, on_a_terminal
 from tests.support.gateway import clean_environment
 
 
@@ -33,6 +36,12 @@ async def test_without_arguments_the_help_goes_to_standard_error_and_the_code_is
         (["serve", "--prot", "1"], ["--prot", "--port", "corral serve --help"]),
         (["run"], ["TEXT", "corral run --help"]),
         (["run", "--allow", "bash", "x"], ["bash is no tool's name", "bash.exec"]),
+        (["completion"], ["bash, zsh, fish", "corral completion --help"]),
+        (["token", "create"], ["--role", "owner, admin, operator", "corral token create --help"]),
+        (
+            ["serve", "--model", "gpt", "--data-dir", "/nonexistent/x", "--port", "0"],
+            ["'gpt'", "openai-chat", "--model"],
+        ),
         (["run", "--timeout", "0", "x"], ["--timeout", "corral run --help"]),
         (["run", "--url", "gopher://x", "x"], ["gopher://x", "http://127.0.0.1:7077"]),
         (["run", "  "], ["TEXT is empty"]),
@@ -81,3 +90,17 @@ def test_help_takes_under_a_quarter_of_a_second_of_processor_time() -> None:
         assert done.returncode == 0
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(times) < 0.25
+
+
+async def test_an_error_on_a_narrow_terminal_is_folded_between_words(tmp_path: Path) -> None:
+    env = {"COLUMNS": "60", "NO_COLOR": "1", "CORRAL_URL": "http://there.invalid"}
+    code, shown = await on_a_terminal("stats", data_dir=tmp_path / "somewhere" / "with-a-name", env=env)
+    assert code == 2
+    lines = shown.splitlines()
+    assert lines[0].startswith("corral: no access token for there.invalid: the one in")
+    assert lines[1].startswith("  ")
+    assert "  set CORRAL_TOKEN to that gateway's token" in lines
+
+
+def test_the_tools_that_the_command_knows_are_those_that_there_are() -> None:
+    assert set(TOOLS) == {spec.name for spec in SPECS}

@@ -111,6 +111,16 @@ async def test_an_agent_is_made_and_changed_in_what_is_named(demo: Gateway) -> N
     assert code == 0
     for words in ("Helper", "demo", "file.list", "Be brief."):
         assert words in out
+    code, out, err = await call("agents", "set", "helper", "--tool", "file.raed", data_dir=demo.data_dir)
+    assert (code, err) == (0, "note: no tool of Corral's own is called file.raed\n")
+    for wrong, words in (("bad name!", "id must match ^[A-Za-z0-9_.-]{1,64}$"), ("helper", "--model: there is no")):
+        code, out, err = await call("agents", "set", wrong, "--model", "gpt", data_dir=demo.data_dir)
+        assert (code, out) == (2, "")
+        assert words in err
+        assert "$." not in err
+    code, _, err = await call("run", "--agent", "nobody", "list", data_dir=demo.data_dir)
+    assert (code, err.splitlines()[1:]) == (1, ["  `corral agents list` shows them"])
+    assert "$" not in err
     code, _, err = await call("agents", "show", "nobody", data_dir=demo.data_dir)
     assert code == 1
     assert "corral agents list" in err
@@ -237,6 +247,9 @@ async def test_completion_completes_commands_and_options() -> None:
         ("sessions", "list", "--limit", "0"),
         ("agents", "set"),
         ("agents", "set", "x", "--model", ""),
+        ("agents", "set", "x", "--tool", "bash"),
+        ("sessions", "rename", "one", " "),
+        ("completion",),
         ("chat", "--sesion", "x"),
         ("completion", "csh"),
         ("doctor", "--model", ""),

@@ -119,6 +119,13 @@ async def test_edit_sends_what_the_editor_left(terminal: Terminal, tmp_path: Pat
     assert not Path(err.split()[1]).exists()
 
 
+async def test_edit_opens_no_editor_where_there_is_no_terminal() -> None:
+    code, out, err = await call("policy", "edit", env={"EDITOR": "", "VISUAL": ""})
+    assert (code, out) == (1, "")
+    assert "editing wants a terminal" in err
+    assert "corral policy set --file FILE" in err
+
+
 async def test_edit_without_a_change_changes_nothing(terminal: Terminal, tmp_path: Path) -> None:
     terminal.env["EDITOR"] = editor(tmp_path, "")
     code, out, err = await terminal.call("policy", "edit")
@@ -170,7 +177,7 @@ async def test_edit_refuses_what_is_no_policy(
 async def test_test_checks_a_file_and_its_examples_without_a_gateway(tmp_path: Path) -> None:
     env = {"CORRAL_DATA_DIR": str(tmp_path / "none")}
     code, out, err = await call("policy", "test", file_of(tmp_path, {"rules": [RULE]}), env=env)
-    assert (code, out, err) == (0, "1 rules, 3 examples: good\n", "")
+    assert (code, out, err) == (0, "1 rule, 3 examples: good\n", "")
     assert not (tmp_path / "none").exists()
 
 
@@ -215,6 +222,11 @@ async def test_explain_says_what_would_happen_and_why(terminal: Terminal, tmp_pa
         (["set", "highRisk"], ["KEY and VALUE"]),
         (["set", "highrisk", "deny"], ["highRisk"]),
         (["set", "tools.", "deny"], ["tools.bash.exec"]),
+        (["set", "highRisk", "maybe"], ["highRisk cannot be maybe", "deny, allow, approval-required"]),
+        (["set", "tools.file.write", "yes"], ["tools.file.write cannot be yes", "approval-required"]),
+        (["set", "fourEyes", "1"], ["fourEyes cannot be 1", "true, false"]),
+        (["set", "tools.bash", "allow"], ["bash is no tool's name", "bash.exec"]),
+        (["set", "limits.perDay.steps", "many"], ["limits.perDay.steps cannot be many", "a number"]),
         (["set", "--file", "/nonexistent"], ["/nonexistent"]),
         (["set", "highRisk", "deny", "--file", "x"], ["--file"]),
         (["test", "/nonexistent"], ["/nonexistent"]),

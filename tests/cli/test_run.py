@@ -77,7 +77,10 @@ async def test_a_url_where_nothing_listens_is_code_4(demo: Gateway) -> None:
     await demo.kill()
     code, _, err = await call("run", "list", "--url", f"http://127.0.0.1:{port}", data_dir=demo.data_dir)
     assert code == 4
-    assert "no gateway answers" in err
+    assert err.splitlines() == [
+        f"corral: no gateway answers at http://127.0.0.1:{port} (Connection refused)",
+        "  check --url, or leave it out for the gateway of the data directory",
+    ]
 
 
 async def test_a_wrong_token_is_code_4_and_says_where_the_right_one_is(demo: Gateway) -> None:

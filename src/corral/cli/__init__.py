@@ -122,6 +122,26 @@ def _drop_output() -> None:
 
 
 def _complain(message: str, remedy: str) -> None:
-    print(f"corral: {message}", file=sys.stderr)
-    if remedy:
-        print(f"  {remedy}", file=sys.stderr)
+    """The error in one line and the remedy in another; a narrow terminal gets them folded between words."""
+    for line in (f"corral: {message}", f"  {remedy}" if remedy else ""):
+        # click lists choices one a line.
+        words = " ".join(line.split())
+        if words:
+            print(_folded(words, "" if line[0] != " " else "  "), file=sys.stderr)
+
+
+def _folded(text: str, indent: str) -> str:
+    if not sys.stderr.isatty():
+        return indent + text
+    import shutil
+    import textwrap
+
+    columns = max(20, shutil.get_terminal_size((100, 24)).columns - 1)
+    return textwrap.fill(
+        text,
+        columns,
+        initial_indent=indent,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

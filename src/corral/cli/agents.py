@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from corral.cli import FAILED, OK, USAGE, CliError
-from corral.cli.common import data_dir_option, json_option
+from corral.cli.common import check_tool_name, data_dir_option, json_option, unknown_tools
 from corral.cli.find import url_option
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def set_(agent_id: str, **options: Any) -> int:
 
     if options["model"] == "":
         raise CliError("--model is empty", "name one, like openai-chat:NAME, or leave it out", code=USAGE)
+    for tool in options["tools"]:
+        check_tool_name(tool)
     given = {
         "id": agent_id,
         "name": options["name"],
@@ -147,6 +149,8 @@ def set_(agent_id: str, **options: Any) -> int:
         return msgspec.convert((await corral.request("agents.upsert", agent=wanted))["agent"], Agent)
 
     agent = ask(options, go)
+    if note := unknown_tools(options["tools"]):
+        print(note, file=sys.stderr)
     if options["as_json"]:
         print_json(agent)
     else:

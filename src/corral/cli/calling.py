@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,7 @@ def ask(options: Mapping[str, Any], work: Callable[[Corral], Awaitable[T]]) -> T
     try:
         return asyncio.run(go())
     except client.GatewayUnreachable as error:
-        raise no_gateway(str(error), settings) from None
+        raise no_gateway(str(error), settings, options["url"]) from None
     except CorralError as error:
         raise refusal(error) from None
 
@@ -48,10 +49,40 @@ def refusal(error: CorralError) -> CliError:
         return CliError(error.message, "set CORRAL_TOKEN to what `corral token` prints there", code=NO_GATEWAY)
     if error.code in POLICY_CODES:
         return CliError(f"{error.code}: {error.message}", code=REFUSED)
-    remedy = ""
+    message, remedy = at_a_terminal(error.message), ""
     if error.code is ErrorCode.SESSION_BUSY:
         remedy = "wait for its run to end, or leave --session out for a new one"
+    elif error.code is ErrorCode.NOT_FOUND:
+        remedy = next((f"`{lists}` shows them" for kind, lists in _LISTS.items() if kind in error.message), "")
     elif error.retryable:
         remedy = "it may work if you try again"
     code = USAGE if error.code is ErrorCode.INVALID_REQUEST else FAILED
-    return CliError(f"{error.code}: {error.message}", remedy, code=code)
+    return CliError(f"{error.code}: {message}", remedy, code=code)
+
+
+_OPTIONS = {
+    "agentId": "--agent",
+    "model": "--model",
+    "sessionId": "--session",
+    "root": "--cwd",
+    "runtimeMode": "--mode",
+}
+_FIELD = re.compile(r"`?\$\.params\.([A-Za-z](?:[\w.\[\]]*[\w\]])?)`?")
+_NONE_OF = re.compile(r": \$\.params\.\w+ is none of \w+\.list")
+_LISTS = {
+    "agent": "corral agents list",
+    "grant": "corral grants list",
+    "token": "corral token list",
+    "approval": "corral approvals list",
+    "session": "corral sessions list",
+}
+
+
+def at_a_terminal(message: str) -> str:
+    """What the gateway says of a request's field, said of the option that it came from."""
+
+    def named(found: re.Match[str]) -> str:
+        field = found[1].removeprefix("patch.").removeprefix("agent.")
+        return _OPTIONS.get(field, field)
+
+    return _FIELD.sub(named, _NONE_OF.sub("", message))

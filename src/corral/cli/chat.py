@@ -52,6 +52,6 @@ def command(**options: Any) -> int:
     try:
         return asyncio.run(chat(options, settings, address))
     except client.GatewayUnreachable as error:
-        raise no_gateway(str(error), settings) from None
+        raise no_gateway(str(error), settings, options["url"]) from None
     except CorralError as error:
         raise refusal(error) from None

@@ -70,7 +70,9 @@ def command(**options: Any) -> int:
             print(f"{'':<9}{line}")
     print()
     if missing:
-        print(f"{len(missing)} of what is needed {'is' if len(missing) == 1 else 'are'} missing")
+        print(
+            "one thing that is needed is missing" if len(missing) == 1 else f"{len(missing)} needed things are missing"
+        )
     else:
         print("all that is needed is there")
     return FAILED if missing else OK

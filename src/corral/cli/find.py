@@ -73,8 +73,14 @@ def load_client(url: str) -> ModuleType:
                 os.environ[name] = value
 
 
-def no_gateway(what: str, settings: Settings) -> CliError:
-    """The error for a gateway that is not to be had, with the command that starts one."""
+def no_gateway(what: str, settings: Settings, url: str | None = None) -> CliError:
+    """The error for a gateway that is not to be had, with the command that starts one.
+
+    `url` is what the person named it by.
+    """
+    if url is not None or os.environ.get("CORRAL_URL", "").strip():
+        name = "--url" if url is not None else "CORRAL_URL"
+        return CliError(what, f"check {name}, or leave it out for the gateway of the data directory", code=NO_GATEWAY)
     option = "" if settings.origins["data_dir"] == "default" else f" --data-dir {settings.data_dir}"
     return CliError(what, f"start one in another terminal: corral serve{option}", code=NO_GATEWAY)
 

@@ -66,11 +66,16 @@ def revoke(grant_id: str, **options: Any) -> int:
 def _described(item: dict[str, Any]) -> str:
     where = f"session {item['sessionId']}" if "sessionId" in item else "the whole workspace"
     uses = {0: "not used yet", 1: "used once"}.get(item["uses"], f"used {item['uses']} times")
-    # As JSON text: what it covers is shown like a call, with nothing in it hidden.
+    # What it covers is shown like a call, with nothing in it hidden. It holds JSON already, whose quotes and
+    # backslashes stay as they are.
     return (
-        f"{item['grantId']}  {_state(item)}\n  {exact(item['matcher'], None)[1:-1]}\n"
+        f"{item['grantId']}  {_state(item)}\n  {_whole(item['matcher'])}\n"
         f"  in {where}; {uses}; by {item['createdBy']} {item['createdAt']}, until {item['expiresAt']}"
     )
+
+
+def _whole(words: str) -> str:
+    return "".join(char if char in '"\\\\' else exact(char, None)[1:-1] for char in words)
 
 
 def _state(item: dict[str, Any]) -> str:

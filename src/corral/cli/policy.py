@@ -18,6 +18,7 @@ import click
 from corral.cli import FAILED, OK, USAGE, CliError
 from corral.cli.approvals import print_json, reached
 from corral.cli.calling import ask
+from corral.cli.common import check_tool_name, unknown_tools
 from corral.cli.visible import exact, visible
 
 if TYPE_CHECKING:
@@ -40,6 +41,15 @@ FIELDS = (
 """What a layer can say; the rest of a Policy is where and when."""
 
 _OTHERS = ("tenantId", "workspaceId", "agentId", "layer", "scopeKey", "inherited", "version", "updatedAt")
+
+_ACTIONS = ("deny", "allow", "approval-required")
+_CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "toolDefault": _ACTIONS,
+    "highRisk": _ACTIONS,
+    "bashMode": ("sandbox", "host"),
+    "bashNetwork": ("none", "host"),
+    "fourEyes": (True, False),
+}
 
 # The arguments of the built-in tools in the order in which they are written at a terminal.
 _ARGUMENTS = {
@@ -121,6 +131,8 @@ def set_(key: str | None, value: str | None, **options: Any) -> int:
 
     async def go(corral: Corral) -> int:
         if wanted is None:
+            if note := unknown_tools(patch.get("tools") or {}):
+                print(note, file=sys.stderr)
             return _changed(await corral.request("policy.update", patch=patch, **_address(options)), options)
         current = await _get(corral, options)
         return await _replace(corral, current, wanted, options)
@@ -141,6 +153,8 @@ def edit(**options: Any) -> int:
     5 refused for want of a role.
     """
 
+    editor = _editor()
+
     async def fetch(corral: Corral) -> Json:
         return await _get(corral, options)
 
@@ -151,7 +165,7 @@ def edit(**options: Any) -> int:
     path.write_text(before, encoding="utf-8")
     keep = False
     try:
-        _run_editor(path)
+        _run_editor(editor, path)
         if path.read_text(encoding="utf-8") == before:
             print("left as it was", file=sys.stderr)
             return OK
@@ -195,7 +209,8 @@ def test(file: str, as_json: bool) -> int:
         bare = report["withoutExamples"]
         if bare:
             print(f"without examples: {', '.join(map(visible, bare))}", file=sys.stderr)
-        count = f"{report['rules']} rules, {report['examples']} examples"
+        rules, examples = report["rules"], report["examples"]
+        count = f"{rules} rule{'' if rules == 1 else 's'}, {examples} example{'' if examples == 1 else 's'}"
         print(
             f"{count}: {'good' if report['ok'] else 'not good'}", file=sys.stderr if report["problems"] else sys.stdout
         )
@@ -298,9 +313,23 @@ def setting(key: str, value: str) -> Json:
     names = [head, rest] if head == "tools" else key.split(".")
     if "" in names and key != head:
         raise CliError(f"{key} ends in nothing", "for example tools.bash.exec", code=USAGE)
+    _check_value(key, head, said)
     for name in reversed([name for name in names if name]):
         said = {name: said}
     return said  # type: ignore[no-any-return]
+
+
+def _check_value(key: str, head: str, said: Any) -> None:
+    """Raise CliError for a value that its key never takes; null leaves the key to others."""
+    if head == "tools" and key != head:
+        check_tool_name(key.partition(".")[2])
+    allowed = _ACTIONS if head == "tools" and key != head else _CHOICES.get(key)
+    # By type too: 1 equals True.
+    if said is not None and allowed is not None and (type(said), said) not in [(type(each), each) for each in allowed]:
+        words = ", ".join(map(_word, allowed))
+        raise CliError(f"{key} cannot be {visible(_word(said))}", f"it is one of {words}", code=USAGE)
+    if head == "limits" and isinstance(said, str):
+        raise CliError(f"{key} cannot be {visible(said)}", "it is a number, or null for no limit", code=USAGE)
 
 
 def call_arguments(tool: str, args: tuple[str, ...]) -> Json:
@@ -371,13 +400,23 @@ def _changed(answer: Json, options: Json) -> int:
     return OK
 
 
-def _run_editor(path: Path) -> None:
-    """Have the person edit a file. Raises CliError if there is no editor, or if it fails."""
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+def _editor() -> str:
+    """The person's editor. Raises CliError where they named none and could not use the usual one."""
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise CliError(
+            "editing wants a terminal, or an EDITOR that needs none", "or use: corral policy set --file FILE"
+        )
+    return editor or "vi"
+
+
+def _run_editor(editor: str, path: Path) -> None:
+    """Have the person edit a file. Raises CliError if the editor cannot be run, or fails."""
     try:
         done = subprocess.run([*shlex.split(editor), str(path)], check=False)
     except (OSError, ValueError) as error:
-        raise CliError(f"the editor {editor!r} cannot be run ({error})", "set EDITOR to one that can") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CliError(f"the editor {editor!r} cannot be run ({why})", "set EDITOR to one that can") from None
     if done.returncode != 0:
         raise CliError(f"the editor {editor!r} ended with {done.returncode}: nothing was changed")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from corral.cli import USAGE, CliError
-from corral.cli.common import cwd_option, data_dir_option, settings_from
+from corral.cli.common import check_tool_name, cwd_option, data_dir_option, settings_from, unknown_tools
 from corral.cli.find import find_gateway, load_client, no_gateway, url_option
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def command(**options: Any) -> int:
     if not text.strip():
         raise CliError("there is nothing to do: TEXT is empty", 'for example: corral run "list"', code=USAGE)
     for tool in options["allow"]:
-        if "." not in tool:
-            raise CliError(f"{tool} is no tool's name", "they look like bash.exec or file.write", code=USAGE)
+        check_tool_name(tool)
     address = find_gateway(options["url"], settings)
     # Past the arguments: what follows is most of what the command costs.
     client = load_client(address()[0])
@@ -67,7 +66,7 @@ def command(**options: Any) -> int:
     try:
         return asyncio.run(_run(options, text, address))
     except client.GatewayUnreachable as error:
-        raise no_gateway(str(error), settings) from None
+        raise no_gateway(str(error), settings, options["url"]) from None
     except CorralError as error:
         raise refusal(error) from None
 
@@ -105,6 +104,8 @@ async def _allow(corral: Corral, names: tuple[str, ...], note: Callable[[str], N
     if names:
         tools = dict.fromkeys(names, "allow")
         await corral.request("policy.update", layer="workspace", patch={"tools": tools})
+        if strange := unknown_tools(tools):
+            note(strange)
         note(f"from now on allowed in workspace {corral.hello.workspace_id}: {' and '.join(tools)}")
 
 

@@ -48,6 +48,7 @@ def command(**flags: Any) -> int:
         check_listen(settings)
     except ConfigError as error:
         raise CliError(str(error), code=USAGE) from None
+    _check_models(settings)
     prepare_data_dir(settings)
     log_to_stderr(settings)
     return _serve(settings)
@@ -83,6 +84,19 @@ def _serve(settings: Settings) -> int:
     except OSError as error:
         raise _no_address(error, settings) from None
     return 0
+
+
+def _check_models(settings: Settings) -> None:
+    """Refuse a model that nobody could call now, instead of failing every run later. Raises CliError."""
+    from corral.models.catalogue import parse
+    from corral.protocol.errors import InvalidRequest
+
+    for model in (settings.model, *settings.fallbacks):
+        try:
+            parse(model)
+        except InvalidRequest as error:
+            remedy = "name another with --model, CORRAL_MODEL, or `model` and `fallbacks` in corral.toml"
+            raise CliError(error.message, remedy, code=USAGE) from None
 
 
 def _no_address(error: OSError, settings: Settings) -> CliError:

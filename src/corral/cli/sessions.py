@@ -218,6 +218,9 @@ def rename(name: str, title: str, **options: Any) -> int:
     from corral.cli.calling import ask
     from corral.cli.tables import print_json
 
+    if not title.strip():
+        raise CliError("TITLE is empty", 'for example: corral sessions rename ID "A title"', code=USAGE)
+
     async def go(corral: Corral) -> Any:
         from corral.cli.naming import require_session
 

@@ -99,9 +99,8 @@ class Transcript:
     def _call(self, call: AgentToolCall) -> None:
         self._close_line()
         if call.decision == "allow":
-            self._say(
-                f"{self._paint(self._marks['call'], 'cyan')} {self._paint(call.tool_name, 'bold')} {_short(call.args)}"
-            )
+            mark = self._paint(self._marks["call"], "cyan")
+            self._say(f"{mark} {self._paint(call.tool_name, 'bold')} {_short(call.args)}".rstrip())
             return
         reason = f": {call.reason}" if call.reason is not UNSET else ""
         denied = call.decision == "deny"
@@ -131,7 +130,7 @@ class Transcript:
             lines = textwrap.wrap(" ".join(lines), max(20, width() - 2))
         shown = lines[:FOLDED_LINES] if len(lines) > FOLDED_LINES + 1 else lines
         for line in shown:
-            self._say(self._paint(f"  {_cut(line, width() - 2)}", "dim"))
+            self._say(self._paint(f"  {cut(line, width() - 2)}", "dim"))
         if len(shown) < len(lines):
             more = " and what was cut out" if result.truncated else ""
             self._say(self._paint(f"  … {len(lines) - len(shown)} more lines{more}{self._unfold}", "dim"))
@@ -245,10 +244,11 @@ def _marks(stream: TextIO) -> dict[str, str]:
 def _short(args: dict[str, Any]) -> str:
     """A call's arguments in one line: `command="ls -la" timeoutMs=1000`."""
     parts = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items()]
-    return _cut(visible(" ".join(parts)), max(40, width() - 20))
+    return cut(visible(" ".join(parts)), max(40, width() - 20))
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
+    """`text`, or as much of it as `width` columns hold, with an ellipsis."""
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 

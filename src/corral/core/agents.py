@@ -8,6 +8,8 @@ from corral.clock import Clock, rfc3339
 from corral.config import AgentSettings
 from corral.governance.audit import Audit
 from corral.governance.caller import Caller
+from corral.models.catalogue import parse
+from corral.protocol.errors import InvalidRequest
 from corral.protocol.methods import AgentResult, AgentsListResult, AgentsUpsertParams, Params
 from corral.protocol.types import Agent
 from corral.storage.repositories import Transaction
@@ -74,7 +76,7 @@ class AgentMethods:
         if given.system_prompt is not UNSET:
             row.system_prompt = given.system_prompt
         if given.model is not UNSET:
-            row.model = given.model
+            row.model = _known(given.model)
         if given.tools is not UNSET:
             row.tools = list(given.tools)
         row.updated_at = now
@@ -82,6 +84,15 @@ class AgentMethods:
         shown = {"name": row.name, "model": row.model, "tools": row.tools, "systemPrompt": row.system_prompt}
         self._audit.record_by(tx, caller, "agents.upsert", "agent", row.id, metadata=shown)
         return AgentResult(agent=_view(row))
+
+
+def _known(model: str) -> str:
+    """`model`, if there is a provider for it. Raises InvalidRequest."""
+    try:
+        parse(model)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"$.params.agent.model: {error.message}") from None
+    return model
 
 
 def _view(row: AgentRow) -> Agent:
