@@ -111,7 +111,9 @@ async def test_approve_runs_the_call_and_a_second_decision_is_told_the_first(tmp
         assert written(terminal.home) == "one"
         code, out, err = await terminal.call("approvals", "reject", approval["approvalId"])
         assert (code, out) == (1, "")
-        assert "CONFLICT: this approval is approved already" in err
+        assert err.splitlines()[0] == "corral: this approval is approved already by u_owner"
+        assert f"corral approvals show {approval['approvalId']}" in err
+        assert len(err.splitlines()) == 2
         assert (await terminal.json("approvals", "list", "--status", "approved"))[0]["comment"] == "fine"
 
 
@@ -142,11 +144,14 @@ async def test_what_is_remembered_is_listed_used_and_revoked(tmp_path: Path) -> 
         await wire.event("agent.completed", runId=run["runId"])
         code, out, _ = await terminal.call("grants", "list")
         assert code == 0
-        assert "exactly file.write" in out
+        assert 'exactly file.write {"content":"one","path":"a.txt"}' in out
         assert "in the whole workspace; used once; by u_owner" in out
         grant_id = out.split()[0]
         code, out, _ = await terminal.call("grants", "revoke", grant_id)
         assert (code, out.split()[:2]) == (0, [grant_id, "revoked"])
+        code, _, err = await terminal.call("grants", "revoke", "gr_none")
+        assert (code, err.splitlines()[1:]) == (1, ["  `corral grants list` shows them"])
+        assert "$" not in err
         assert await terminal.json("grants", "list") == []
         assert [grant["grantId"] for grant in await terminal.json("grants", "list", "--all")] == [grant_id]
         run = await wire.effect("agent.run", input="again", sessionId="s3")

@@ -12,7 +12,7 @@ import pytest
 
 from corral.governance.audit import Audit
 from corral.storage.repositories import Transaction
-from tests.cli.command import call, corral
+from tests.cli.command import call, corral, on_a_terminal
 from tests.support.house import TOKEN, House, house
 
 T = "t_default"
@@ -68,6 +68,16 @@ async def test_records_are_shown_from_the_newest_with_nothing_that_drives_the_te
     assert "\u202e" not in out
 
 
+async def test_on_a_terminal_a_record_is_a_line_that_fits(audited: Audited) -> None:
+    await audited.fill(1, 2)
+    env = {"CORRAL_TOKEN": TOKEN, "COLUMNS": "60", "NO_COLOR": "1"}
+    arguments = ("audit", "query", "--actor", "user:test")
+    code, shown = await on_a_terminal(*arguments, data_dir=audited.folder, env=env)
+    assert code == 0
+    assert [len(line) for line in shown.splitlines()] == [60, 60]
+    assert "tool.call DENIED" in shown
+
+
 async def test_filters_and_json(audited: Audited) -> None:
     await audited.fill(*range(7))
     await audited.fill(8, action="policy.update")
@@ -83,7 +93,9 @@ async def test_filters_and_json(audited: Audited) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("query", "--from", "yesterday"), "$.params.from is no RFC 3339 time"),
+        (("query", "--from", "yesterday"), "--from yesterday is no time"),
+        (("query", "--to", "2026-01-31T12:00:00"), "--to 2026-01-31T12:00:00 is no time"),
+        (("verify", "--file", __file__, "--key", "zz"), "--key is no public key"),
         (("verify", "--key", "00"), "--file"),
         (("verify", "--file", "/nowhere/there"), "cannot be read"),
         (("query", "--limit", "0"), "--limit"),
@@ -93,6 +105,7 @@ async def test_wrong_usage_names_what_is_wrong(audited: Audited, arguments: tupl
     code, out, err = await audited.call(*arguments)
     assert (code, out) == (2, "")
     assert words in err
+    assert len(err.splitlines()) <= 2
 
 
 async def test_tail_shows_the_last_ones_then_each_new_one_once(audited: Audited) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import call
+from tests.cli.command import call, on_a_terminal
 from tests.cli.test_approvals import Terminal
 from tests.support.house import house
 from tests.support.wire import rpc
@@ -40,7 +40,8 @@ async def test_a_made_token_is_the_only_thing_on_standard_output_works_and_dies_
     assert "u_anna (Anna\\x1b)  viewer  w_default  until " in err
     assert (await rpc(terminal.home.url, "sessions.list", {}, token=token)).status == 200
     code, out, _ = await terminal.call("token", "list")
-    assert (code, len(out.splitlines())) == (0, 2)
+    assert (code, [line.split()[0] for line in out.splitlines()]) == (0, ["tok_owner", token_id])
+    assert "u_anna (Anna\\x1b)" in out
     assert token not in out
     code, out, _ = await terminal.call("token", "revoke", token_id)
     assert (code, out.split()[0]) == (0, token_id)
@@ -91,3 +92,13 @@ async def test_wrong_usage_says_what_is_right(arguments: list[str], words: list[
     assert (code, out) == (2, "")
     assert [word for word in words if word not in err] == [], err
     assert "A" * 43 not in err
+
+
+async def test_on_a_narrow_terminal_every_line_of_the_list_fits(terminal: Terminal) -> None:
+    made = ("token", "create", "--role", "operator", "--user", "anna", "--name", "Anna", "--expires", "30d")
+    assert (await terminal.call(*made))[0] == 0
+    env = {**terminal.env, "COLUMNS": "60"}
+    code, shown = await on_a_terminal("token", "list", data_dir=Path(env["CORRAL_DATA_DIR"]), env=env)
+    assert code == 0
+    assert [line for line in shown.splitlines() if len(line) > 60] == []
+    assert "anna (Anna)  operator  w_default  until 20" in shown

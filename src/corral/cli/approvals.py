@@ -57,7 +57,7 @@ def list_(**options: Any) -> int:
             if options["as_json"]:
                 print_json(item)
             else:
-                print(_line(item))
+                print(_lines(item))
         if not count and not options["as_json"]:
             print(f"no approval is {options['status']}", file=sys.stderr)
         return OK
@@ -182,6 +182,11 @@ async def find(corral: Corral, approval_id: str, before: Json | None = None) -> 
 def _resolve(approval_id: str, decision: str, args: Json | None, options: Json) -> int:
     async def go(corral: Corral) -> int:
         item = await find(corral, approval_id)
+        if item["status"] != "pending":
+            by = f" by {visible(item['resolvedBy'])}" if "resolvedBy" in item else ""
+            raise CliError(
+                f"this approval is {item['status']} already{by}", f"`corral approvals show {approval_id}` shows it"
+            )
         if not options["as_json"]:
             print(described(item if args is None else {**item, "args": args}), file=sys.stderr)
         params = {
@@ -241,6 +246,17 @@ def arguments_from(text: str) -> Json:
 def print_json(value: Any) -> None:
     """One line of JSON, as it came."""
     print(json.dumps(value, ensure_ascii=True), flush=True)
+
+
+def _lines(item: Json) -> str:
+    """One line in a pipe; on a terminal what is needed to decide, in lines that fit it."""
+    if not sys.stdout.isatty():
+        return _line(item)
+    from corral.cli.show import cut, width
+
+    head = f"{item['approvalId']}  {item['createdAt'][:19].replace('T', ' ')}"
+    call = f"{visible(item['toolName'])}  {exact(item['args'], None)}"
+    return f"{head}\n  {cut(call, width() - 2)}"
 
 
 def _line(item: Json) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ import click
 from corral.cli import ABORTED, FAILED, NO_GATEWAY, OK, REFUSED, USAGE, CliError
 from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import find_gateway, no_gateway, url_option
+from corral.cli.show import cut, width
 from corral.cli.times import given_time
 from corral.cli.visible import visible
 from corral.client import Corral, GatewayUnreachable
 from corral.protocol.errors import CorralError, ErrorCode
 
 _PAGE = 500
+_KEY = re.compile(r"[0-9a-fA-F]{64}")
 _POLL_S = 1.0
 
 _filters = (
@@ -123,7 +126,7 @@ def verify(**options: Any) -> int:
     if options["file"] is not None:
         return _verify_file(options)
     if options["key"] is not None:
-        raise CliError("--key is for an export: name it with --file", code=USAGE)
+        raise CliError("--key is for an export", "name it with --file; the gateway checks with its own key", code=USAGE)
 
     async def go(corral: Corral) -> int:
         return _tell(await corral.request("audit.verify"), options["as_json"], "")
@@ -229,6 +232,8 @@ def _verify_file(options: dict[str, Any]) -> int:
     from corral.governance.chain import verify_export
 
     key, whose = options["key"], "the key that you gave"
+    if key is not None and not _KEY.fullmatch(key):
+        raise CliError("--key is no public key", "it is the 64 hexadecimal digits in DATA_DIR/audit.pub", code=USAGE)
     if key is None:
         known = settings_from({"data_dir": options["data_dir"]}).data_dir / PUBLIC_KEY_FILE
         if known.is_file():
@@ -251,8 +256,13 @@ def _tell(result: dict[str, Any], as_json: bool, whose: str) -> int:
         if "anchor" in result:
             print(f"signed with {result['anchor']['publicKey']}" + (f" ({whose})" if whose else ""))
     else:
-        print(f"BROKEN at record {result.get('brokenAt')}: {result.get('reason', 'the chain does not hold')}")
-        print(f"the {result['checked']} records before it hold together")
+        at, reason = result.get("brokenAt"), result.get("reason", "the chain does not hold")
+        if at is not None and at > result["checked"]:
+            print(f"BROKEN at record {at}: {reason}")
+            print(f"the {result['checked']} records before it hold together")
+        else:
+            print(f"BROKEN: {reason}")
+            print(f"its {result['checked']} records hold together, but nothing vouches for them")
     return OK if result["ok"] else FAILED
 
 
@@ -262,11 +272,15 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
         return
     outcome = "" if record["outcome"] == "ok" else f" {record['outcome'].upper()}"
     about = json.dumps(record["metadata"], ensure_ascii=False) if record["metadata"] else ""
-    line = (
-        f"{record['id']:>6}  {record['createdAt']}  {record['action']}{outcome}  {record['actor']}  "
+    terminal = sys.stdout.isatty()
+    when = record["createdAt"][:19].replace("T", " ") if terminal else record["createdAt"]
+    line = visible(
+        f"{record['id']:>6}  {when}  {record['action']}{outcome}  {record['actor']}  "
         f"{record['resourceType']} {record['resourceId']}  {about}"
-    )
-    print(visible(line).replace("\n", "\\n").rstrip(), flush=True)
+    ).replace("\n", "\\n")
+    # On a terminal one record is one line; `--json` has the whole.
+    shown = cut(line.rstrip(), width()) if terminal else line.rstrip()
+    print(shown, flush=True)
 
 
 # ---- what the gateway is asked, and how
@@ -277,7 +291,7 @@ def _params(options: dict[str, Any]) -> dict[str, Any]:
     given = {names[name]: options[name] for name in names if options[name] is not None}
     for name in ("from", "to"):
         if name in given:
-            given[name] = given_time(given[name])
+            given[name] = given_time(given[name], f"--{name}")
     return given
 
 
@@ -294,7 +308,7 @@ def _connected(options: dict[str, Any], work: Callable[[Corral], Awaitable[int]]
     except KeyboardInterrupt:
         return ABORTED
     except GatewayUnreachable as error:
-        raise no_gateway(str(error), settings) from None
+        raise no_gateway(str(error), settings, options["url"]) from None
     except CorralError as error:
         raise _refused(error) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,7 +45,7 @@ def command(**options: Any) -> int:
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
     given = {"from": options["from_"], "to": options["to"]}
-    params = {name: given_time(text) for name, text in given.items() if text is not None}
+    params = {name: given_time(text, f"--{name}") for name, text in given.items() if text is not None}
     if options["agent"] is not None:
         params["agentId"] = options["agent"]
 
@@ -62,13 +63,23 @@ def command(**options: Any) -> int:
 
 def _lines(metrics: dict[str, Any], agent: str | None) -> list[str]:
     of = f" of agent {visible(agent)}" if agent is not None else ""
-    lines = [f"Runs{of} that ended from {metrics['from']} to {metrics['to']}", ""]
+    lines = [*_title(f"Runs{of} that ended from {metrics['from']} to {metrics['to']}"), ""]
     for (title, names), values in zip(_GROUPS, _values(metrics), strict=True):
         for position, (name, value) in enumerate(zip(names, values, strict=True)):
             lines.append(f"{title if position == 0 else '':<12}{name:<18}{value:>12}")
         if title == "runs":
             lines += [f"{'':<14}{visible(code):<28}{count:>6,} failed" for code, count in _reasons(metrics)]
     return lines
+
+
+def _title(text: str) -> list[str]:
+    if not sys.stdout.isatty():
+        return [text]
+    import textwrap
+
+    from corral.cli.show import width
+
+    return textwrap.wrap(text, max(20, width()), break_on_hyphens=False)
 
 
 def _values(metrics: dict[str, Any]) -> list[list[str]]:

@@ -99,9 +99,9 @@ def list_(ctx: click.Context, /, **options: Any) -> int:
     """
 
     async def go(corral: Corral) -> int:
-        for item in (await corral.request("tokens.list"))["items"]:
-            if options["all_"] or _holds(item):
-                _print_json(item) if options["as_json"] else print(_line(item))
+        items = [item for item in (await corral.request("tokens.list"))["items"] if options["all_"] or _holds(item)]
+        for item in items:
+            _print_json(item) if options["as_json"] else print(_lines(item) if sys.stdout.isatty() else _line(item))
         return OK
 
     return _ask(ctx, options, go)
@@ -160,12 +160,25 @@ def _holds(item: dict[str, Any]) -> bool:
 def _line(item: dict[str, Any]) -> str:
     from corral.cli.visible import visible
 
-    name = f" ({visible(item['displayName'])})" if "displayName" in item else ""
     until = f"until {item['expiresAt']}" if "expiresAt" in item else "does not expire"
     if "revokedAt" in item:
         until = f"revoked {item['revokedAt']}"
     roles, spaces = ",".join(item["roles"]), ",".join(item["workspaceIds"])
-    return f"{item['tokenId']}  {item['subject']}{name}  {roles}  {spaces}  {until}"
+    return f"{item['tokenId']}  {visible(_whose(item))}  {roles}  {spaces}  {until}"
+
+
+def _lines(item: dict[str, Any]) -> str:
+    """What a narrow terminal has room for."""
+    times: dict[str, Any] = {
+        name: item[name][:16].replace("T", " ") for name in ("expiresAt", "revokedAt") if name in item
+    }
+    token_id, rest = _line({**item, **times}).split("  ", 1)
+    return f"{token_id}\n  {rest}"
+
+
+def _whose(item: dict[str, Any]) -> str:
+    name = f" ({item['displayName']})" if "displayName" in item else ""
+    return f"{item['subject']}{name}"
 
 
 def _print_json(value: Any) -> None:
