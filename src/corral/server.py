@@ -38,6 +38,7 @@ from corral.gateway.dispatch import Effect, MethodTables
 from corral.gateway.options import GatewayOptions
 from corral.governance.approvals import Approvals
 from corral.governance.audit import Audit, AuditMethods
+from corral.governance.backup import record_restored
 from corral.governance.idempotency import Idempotency
 from corral.governance.keeper import AuditKeeper
 from corral.governance.metrics import MetricsMethods
@@ -49,6 +50,7 @@ from corral.ids import Ids
 from corral.models.api import ModelInfo
 from corral.models.http import Timeouts
 from corral.models.router import ModelRouter
+from corral.storage.exchange import settle
 from corral.storage.lock import DataDirLock
 from corral.storage.repositories import Transaction
 from corral.storage.rows import TokenRow
@@ -97,6 +99,8 @@ class Server:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = DataDirLock(settings.data_dir)
         try:
+            if (settled := settle(settings.data_dir)) is not None:
+                log.warning("%s", settled, extra={"action": "restore.settled"})
             await self._start()
         except BaseException:
             self._lock.release()
@@ -144,7 +148,7 @@ class Server:
             ids=ids,
         )
         self.executor = Executor(clock=clock, data_dir=settings.data_dir, environ=self._environ)
-        audit = Audit(clock, secrets=self._secrets())
+        audit = self.audit = Audit(clock, secrets=self._secrets())
         self.keeper = AuditKeeper(self.store, clock, audit, settings.data_dir)
         options = RunOptions(
             data_dir=settings.data_dir,
@@ -232,6 +236,7 @@ class Server:
         )
 
     async def _recover(self) -> None:
+        await record_restored(self.store, self.audit, TENANT)
         count = await self.core.recover()
         if count:
             log.info("runs taken up again: %d", count, extra={"action": "recovery.done", "count": count})

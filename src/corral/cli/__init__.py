@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "grants": ("corral.cli.grants", "See what approvals were told to remember, and take it back."),
     "policy": ("corral.cli.policy", "See and change what tools may do, and ask what policy says of a call."),
     "token": ("corral.cli.token", "Print the access token, or make and revoke others."),
+    "backup": ("corral.cli.backup", "Write all that a restore needs to one file, while the gateway runs."),
+    "restore": ("corral.cli.restore", "Put a backup into the data directory."),
     "demo": ("corral.cli.demo", "A tour: a run that survives the death of its gateway."),
     "version": ("corral.cli.version", "Print the version."),
 }

@@ -164,7 +164,7 @@ def _database(folder: Path) -> list[Check]:
             missing(
                 "database",
                 f"damaged: {'; '.join(found.problems[:3])}",
-                f"stop the gateway, keep a copy of {folder}, then put a backup back",
+                f"stop the gateway, keep a copy of {folder}, then put a backup back: corral restore --force FILE",
             )
         )
     else:

@@ -44,6 +44,8 @@ def command(**flags: Any) -> int:
     3 the data directory is in use by another process.
     """
     settings = settings_from(flags)
+    if _settle(settings):
+        settings = settings_from(flags)  # corral.toml may have come with it
     try:
         check_listen(settings)
     except ConfigError as error:
@@ -52,6 +54,37 @@ def command(**flags: Any) -> int:
     prepare_data_dir(settings)
     log_to_stderr(settings)
     return _serve(settings)
+
+
+def _settle(settings: Settings) -> bool:
+    """Bring a restore that was interrupted to its end; whether there was one."""
+    from corral.storage.exchange import interrupted, settle
+    from corral.storage.lock import DataDirLock, DataDirLocked
+
+    if not interrupted(settings.data_dir):
+        return False
+    try:
+        with DataDirLock(settings.data_dir):
+            told = settle(settings.data_dir)
+    except DataDirLocked as error:
+        raise _in_use(settings, error.pid) from None
+    except OSError as error:
+        raise CliError(
+            f"a restore into {settings.data_dir} was interrupted and cannot be ended: {error}",
+            "mend that, and start again",
+        ) from None
+    if told is not None:
+        print(f"corral: {told}", file=sys.stderr)
+    return True
+
+
+def _in_use(settings: Settings, pid: int | None) -> CliError:
+    who = "another process" if pid is None else f"process {pid}"
+    return CliError(
+        f"{settings.data_dir} is in use by {who}",
+        "use that gateway, or stop it, or start this one with another --data-dir",
+        code=LOCKED,
+    )
 
 
 def _serve(settings: Settings) -> int:
@@ -69,12 +102,7 @@ def _serve(settings: Settings) -> int:
     try:
         uvloop.run(serve(settings, on_listening=_announce))
     except DataDirLocked as error:
-        who = "another process" if error.pid is None else f"process {error.pid}"
-        raise CliError(
-            f"{settings.data_dir} is in use by {who}",
-            "use that gateway, or stop it, or start this one with another --data-dir",
-            code=LOCKED,
-        ) from None
+        raise _in_use(settings, error.pid) from None
     except ConfigError as error:
         raise CliError(str(error), code=USAGE) from None
     except SchemaRefused as error:

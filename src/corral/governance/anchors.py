@@ -27,6 +27,7 @@ from corral.config import create_private
 from corral.protocol.canonical import canonical_json
 from corral.protocol.ready import look_through
 from corral.protocol.types import AuditAnchor
+from corral.storage.exchange import sync_folder
 
 if TYPE_CHECKING:
     # Imported when first used: it costs 40 ms and 10 MiB.
@@ -273,11 +274,7 @@ def _replace(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _private(path: str, flags: int) -> int:

@@ -36,7 +36,7 @@ _PAGE = 500
 _PURGE_AT_ONCE = 1_000
 # A record may be committed a little later than it is made: so long a tenant's head is looked at again.
 _SETTLED_S = 5.0
-_KEY_META = "audit_public_key"
+KEY_META = "audit_public_key"
 _BROKEN = "audit.broken"
 
 
@@ -167,9 +167,9 @@ class AuditKeeper:
         """The files, opened once, by whoever holds `_signing`."""
         if self._files is None:
             files = await asyncio.to_thread(lambda: AnchorFiles.open(self._data_dir))
-            known = await self._store.read(lambda tx: tx.meta.get(_KEY_META))
+            known = await self._store.read(lambda tx: tx.meta.get(KEY_META))
             if known is None:
-                await self._store.write(lambda tx: tx.meta.set(_KEY_META, files.signer.public_key))
+                await self._store.write(lambda tx: tx.meta.set(KEY_META, files.signer.public_key))
             elif known != files.signer.public_key:
                 files.problem = files.problem or "the key in the data directory is not the one that the store knows"
             self._files = files
@@ -214,7 +214,7 @@ class AuditKeeper:
                 check = copy.copy(check)
                 rows = tx.audit.scan(tenant_id, after, _PAGE)
                 for row in rows:
-                    if not check.feed(_wire(row)):
+                    if not check.feed(as_wire(row)):
                         break
                 return check, len(rows), rows[-1].id if rows else after
 
@@ -387,7 +387,7 @@ def _moved(anchor: AuditAnchor | None, head: AuditHead) -> bool:
     return anchor is None or head.id > anchor.id
 
 
-def _wire(row: StoredAudit) -> dict[str, Any]:
+def as_wire(row: StoredAudit) -> dict[str, Any]:
     """A stored record by its names on the wire; nothing, if it is not even of that form.
 
     `sessionId` and `runId` have columns of their own, for look-ups, that must say what the metadata says.
