@@ -58,6 +58,7 @@ HAS_RUN = text("run_id IS NOT NULL")
 HAS_SESSION = text("session_id IS NOT NULL")
 PENDING = text("status = 'pending'")
 RESOLVED = text("resolved_at IS NOT NULL")
+SHARED = text("visibility = 'workspace'")
 
 # A partial index keeps its condition in `info` as well, for a store on PostgreSQL to take from there:
 # an argument for that dialect here would load it, a twentieth of the time that a start takes.
@@ -180,7 +181,29 @@ sessions = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     PrimaryKeyConstraint("tenant_id", "id", name="sessions_pkey"),
-    Index("sessions_newest", "tenant_id", "workspace_id", "created_at", "id"),
+    # Own ones and those that all may see are two lists, each read from its newest: in one list of all, somebody
+    # who sees few of them would pass over everybody else's.
+    Index("sessions_own", "tenant_id", "workspace_id", "owner_user_id", "created_at", "id"),
+    Index("sessions_own_of_agent", "tenant_id", "workspace_id", "owner_user_id", "agent_id", "created_at", "id"),
+    Index(
+        "sessions_shared",
+        "tenant_id",
+        "workspace_id",
+        "created_at",
+        "id",
+        sqlite_where=SHARED,
+        info={"where": SHARED},
+    ),
+    Index(
+        "sessions_shared_of_agent",
+        "tenant_id",
+        "workspace_id",
+        "agent_id",
+        "created_at",
+        "id",
+        sqlite_where=SHARED,
+        info={"where": SHARED},
+    ),
     # Every event updates its session's row: without a rowid that is one tree to search, not two.
     sqlite_with_rowid=False,
 )
@@ -429,6 +452,8 @@ audit_log = Table(
     PrimaryKeyConstraint("tenant_id", "id", name="audit_log_pkey"),
     Index("audit_log_action", "tenant_id", "action", "id"),
     Index("audit_log_actor", "tenant_id", "actor", "id"),
+    # Where one person works, all is theirs, and an action may be rare among it.
+    Index("audit_log_actor_action", "tenant_id", "actor", "action", "id"),
     Index("audit_log_session", "tenant_id", "session_id", "id", sqlite_where=HAS_SESSION, info={"where": HAS_SESSION}),
     Index("audit_log_run", "tenant_id", "run_id", "id", sqlite_where=HAS_RUN, info={"where": HAS_RUN}),
     Index("audit_log_time", "tenant_id", "created_at", "id"),

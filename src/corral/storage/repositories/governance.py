@@ -266,7 +266,9 @@ def _page(names: tuple[str, ...]) -> Select[Any]:
     conditions: list[ColumnElement[bool]] = []
     for number, name in enumerate(names):
         column = _l[name]
-        conditions.append(is_(column) if number == 0 else is_(column + "", name))
+        # The one pair that has an index of its own.
+        indexed = number == 0 or (names[0], name) == ("actor", "action")
+        conditions.append(is_(column) if indexed else is_(column + "", name))
     return (
         select(*_AS_STORED)
         .where(

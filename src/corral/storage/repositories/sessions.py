@@ -33,18 +33,21 @@ _INSERT = insert(t.sessions)
 _GET = _SESSION.select().where(is_(_s.tenant_id), is_(_s.id))
 _UPDATE = update_of(t.sessions, is_(_s.tenant_id), is_(_s.id))
 _VISIBLE = or_(_s.owner_user_id == bound("user_id", _s.owner_user_id), _s.visibility == "workspace")
-_PAGE = (
+_OLDER = (
     _SESSION.select()
     .where(
         is_(_s.tenant_id),
         is_(_s.workspace_id),
-        _VISIBLE,
         tuple_(_s.created_at, _s.id) < tuple_(bound("before_at", _s.created_at), bound("before_id", _s.id)),
     )
     .order_by(_s.created_at.desc(), _s.id.desc())
     .limit(bindparam("b_limit"))
 )
-_PAGE_OF_AGENT = _PAGE.where(is_(_s.agent_id))
+# Of all agents, and of one. The two lists may have sessions in common: what is one's own and shared as well.
+_OWN = {False: _OLDER.where(_s.owner_user_id == bound("user_id", _s.owner_user_id))}
+_OWN[True] = _OWN[False].where(is_(_s.agent_id))
+_SHARED = {False: _OLDER.where(t.SHARED)}
+_SHARED[True] = _SHARED[False].where(is_(_s.agent_id))
 
 # Children before the session itself: they refer to it.
 _DELETE = [
@@ -99,17 +102,20 @@ class Sessions(Repository):
         Order: (`created_at`, `id`) descending; `before` is such a pair, exclusive.
         """
         before_at, before_id = before or _NEWEST
-        values = {
+        values: dict[str, Any] = {
             "b_tenant_id": tenant_id,
             "b_workspace_id": workspace_id,
-            "b_user_id": user_id,
             "b_before_at": before_at,
             "b_before_id": before_id,
             "b_limit": limit,
         }
-        if agent_id is None:
-            return _SESSION.all(self._connection.execute(_PAGE, values))
-        return _SESSION.all(self._connection.execute(_PAGE_OF_AGENT, {**values, "b_agent_id": agent_id}))
+        if agent_id is not None:
+            values["b_agent_id"] = agent_id
+        of_agent = agent_id is not None
+        own = _SESSION.all(self._connection.execute(_OWN[of_agent], {**values, "b_user_id": user_id}))
+        shared = _SESSION.all(self._connection.execute(_SHARED[of_agent], values))
+        rows = {row.id: row for row in (*own, *shared)}
+        return sorted(rows.values(), key=lambda row: (row.created_at, row.id), reverse=True)[:limit]
 
 
 _NEXT_VERSION = (
