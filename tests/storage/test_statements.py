@@ -108,6 +108,31 @@ def test_a_page_of_sessions_is_read_in_order_and_passes_over_nobody_elses(
     assert step == f"SEARCH sessions USING INDEX {index}"
 
 
+HOURS = "tenant_id=? AND workspace_id=? AND hour>? AND hour<?"
+FINISHED = "tenant_id=? AND workspace_id=? AND finished_at>? AND finished_at<?"
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        (
+            sessions._AFTER,
+            "journal USING INDEX sqlite_autoindex_journal_1 (tenant_id=? AND session_id=? AND version>?)",
+        ),
+        (
+            sessions._BEFORE,
+            "journal USING INDEX sqlite_autoindex_journal_1 (tenant_id=? AND session_id=? AND version<?)",
+        ),
+        *((each, f"run_hours USING PRIMARY KEY ({HOURS})") for each in usage._HOUR_SUMS.values()),
+        *((each, f"run_facts USING PRIMARY KEY ({FINISHED})") for each in usage._FACT_SUMS.values()),
+    ],
+)
+def test_a_page_of_a_journal_and_the_sums_of_a_period_are_read_from_where_they_begin_to_where_they_end(
+    statement: Select[Any], expected: str, database: sqlite3.Connection
+) -> None:
+    assert plan_of(statement, database) == [f"SEARCH {expected}"]
+
+
 def test_the_end_of_a_run_reads_the_keys_that_wait_for_it_and_no_others(database: sqlite3.Connection) -> None:
     statement = STATEMENTS["settings._IN_PROGRESS_OF_RUN.0"]
     assert isinstance(statement, Select)
