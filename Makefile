@@ -11,12 +11,15 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SCALE_ARGS ?=
+SOAK_SECONDS ?= 1200
+SOAK_ARGS ?=
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel
 .PHONY: help run demo test bench bench-scale check format lock install setup setup-dev schema clean
+.PHONY: help run demo test bench bench-scale soak check format lock install setup setup-dev schema clean
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
@@ -25,6 +28,7 @@ help:
 	@echo "make bench    what it costs beside the bare libraries: one table (BENCH_ARGS=--quick takes a minute)"
 	@echo "make chaos    break everything at random for five minutes and see that nothing is lost (CHAOS_SECONDS=, CHAOS_SEED=)"
 	@echo "make bench-scale  the same queries of a large store and a small one (some minutes, 3 GB of disk)"
+	@echo "make soak     does what a gateway takes under load level off? (SOAK_SECONDS=1200, SOAK_ARGS=--help)"
 	@echo "make check    format, lint, types, the order of the rooms, the published schema"
 	@echo "make format   put the sources into the house's format"
 	@echo "make schema   write docs/reference anew from the code"
@@ -51,6 +55,9 @@ chaos: setup-dev
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
 bench-scale: setup
 	@$(BIN)/python -m bench.scale $(SCALE_ARGS)
+
+soak: setup
+	@exec $(BIN)/python -m bench.soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -130,6 +130,7 @@ class Gateway:
                 "corral_connections_open": ("WebSockets open.", lambda: self._peers.count("websocket")),
                 "corral_streams_open": ("Streams of server-sent events open.", lambda: self._peers.count("sse")),
                 "corral_runs_active": ("Runs that are driven here now.", lambda: core.active_runs),
+                "corral_tasks": ("Tasks of the event loop that have not ended.", lambda: len(asyncio.all_tasks())),
                 "corral_store_waiting": ("Units of work that wait for their commit.", lambda: self._store.waiting),
             }
         )
