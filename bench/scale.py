@@ -306,7 +306,7 @@ def page(rows: Sequence[Row], machine: Machine, share: float) -> str:
         out.append("|---|--:|--:|---|---|--:|")
         out += ["| " + " | ".join(cells(row)) + " |" for row in mine]
         notes = dict.fromkeys(row.note for row in mine if row.note)
-        out += ["", *notes] if notes else []
+        out += ["", *(f"{note}\n" for note in notes)]
     return "\n".join(out) + "\n"
 
 
