@@ -17,9 +17,7 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.1
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel
-.PHONY: help run demo test bench bench-scale check format lock install setup setup-dev schema clean
-.PHONY: help run demo test bench bench-scale soak check format lock install setup setup-dev schema clean
+.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel bench-scale soak
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
@@ -53,6 +51,7 @@ bench: setup
 
 chaos: setup-dev
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
+
 bench-scale: setup
 	@$(BIN)/python -m bench.scale $(SCALE_ARGS)
 
