@@ -460,7 +460,7 @@ def read_endpoint(data_dir: Path) -> Endpoint | None:
     """Where the gateway of a data directory said it listens; it may have died since."""
     try:
         return msgspec.json.decode(endpoint_path(data_dir).read_bytes(), type=Endpoint)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, UnicodeError, msgspec.DecodeError):
         return None
 
 

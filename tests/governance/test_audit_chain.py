@@ -325,6 +325,17 @@ def flip(name: str) -> Callable[[Path], None]:
     return change
 
 
+def spoil(name: str) -> Callable[[Path], None]:
+    """A byte of a text becomes one that is no UTF-8."""
+
+    def change(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        place = data.index(b'"hash":"') + 9
+        (folder / name).write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+
+    return change
+
+
 def take_tenant_out(folder: Path) -> None:
     heads = json.loads((folder / anchors.HEAD_FILE).read_text())
     del heads["tenants"][T]
@@ -343,6 +354,8 @@ DAMAGE = {
     "empty head": lambda folder: (folder / anchors.HEAD_FILE).write_bytes(b""),
     "changed head": flip(anchors.HEAD_FILE),
     "changed checkpoint": flip(anchors.CHECKPOINTS_FILE),
+    "spoilt head": spoil(anchors.HEAD_FILE),
+    "spoilt checkpoint": spoil(anchors.CHECKPOINTS_FILE),
     "a tenant taken out": take_tenant_out,
 }
 

@@ -211,8 +211,9 @@ def test_the_endpoint_is_private_and_only_its_own_process_takes_it_back(tmp_path
     assert read_endpoint(tmp_path) is None
 
 
-def test_a_broken_endpoint_file_counts_as_none(tmp_path: Path) -> None:
-    (tmp_path / "gateway.json").write_text("{")
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"url":"\xff","pid":1}'])
+def test_a_broken_endpoint_file_counts_as_none(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "gateway.json").write_bytes(text)
     assert read_endpoint(tmp_path) is None
 
 

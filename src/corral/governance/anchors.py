@@ -236,7 +236,7 @@ class AnchorFiles:
 def _parsed(line: bytes) -> AuditAnchor | None:
     try:
         return msgspec.json.decode(line, type=AuditAnchor)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeError):
         return None
 
 
@@ -246,7 +246,7 @@ def _read_heads(path: Path, public_key: str | None) -> dict[str, AuditAnchor]:
         heads = msgspec.json.decode(path.read_bytes(), type=_Heads)
     except FileNotFoundError:
         raise AnchorError(f"{HEAD_FILE} is missing") from None
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeError):
         raise AnchorError(f"{HEAD_FILE} is damaged") from None
     if public_key is not None and not (
         heads.public_key == public_key
