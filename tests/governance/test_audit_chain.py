@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -20,6 +20,7 @@ from corral.governance.chain import GENESIS, record_hash
 from corral.storage.repositories import Transaction
 from corral.storage.repositories import governance as repository
 from tests.governance.audit_house import AuditHouse, T
+from tests.support.examples import examples
 
 COUNT = 12
 
@@ -132,7 +133,7 @@ def tampering(draw: st.DrawFn) -> str:
     )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(50)
 @given(statement=tampering())
 def test_any_one_thing_done_to_the_table_is_found(
     tmp_path_factory: pytest.TempPathFactory, template: Path, statement: str

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -20,6 +20,7 @@ from corral.governance.audit import wire_record
 from corral.governance.chain import GENESIS, export_end, export_line, record_hash, verify_export
 from corral.protocol.types import AuditAnchor
 from tests.governance.audit_house import AuditHouse, T
+from tests.support.examples import examples
 
 COUNT = 9
 
@@ -89,7 +90,7 @@ def tampering(draw: st.DrawFn, size: int = COUNT + 1) -> Any:
     return change
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(change=tampering())
 def test_any_one_thing_done_to_the_file_is_found(export: list[str], change: Any) -> None:
     lines = change(export)

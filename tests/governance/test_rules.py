@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.governance import rules as rules_module
@@ -22,6 +22,7 @@ from corral.governance.policy_examples import check_rules
 from corral.governance.rules import RuleProblem, compile_condition, measure
 from corral.protocol.errors import InvalidRequest
 from corral.protocol.types import PolicyDocument, PolicyRule
+from tests.support.examples import examples
 
 STRICT = {"allow": 0, "approval-required": 1, "deny": 2}
 SESSION = {"id": "s_1", "agentId": "a_1", "runtimeMode": "cloud"}
@@ -224,7 +225,6 @@ DOCUMENT = st.fixed_dictionaries(
     },
 )
 CALL = st.sampled_from([bash("ls"), bash("rm $x"), call("file.read", "low", path="x")])
-CALM = settings(deadline=None, max_examples=300)
 
 
 LOCKED = st.fixed_dictionaries(
@@ -235,7 +235,7 @@ LOCKED = st.fixed_dictionaries(
 ).map(lambda document: {**document, "lockedTools": list(document["tools"])})
 
 
-@CALM
+@examples(300)
 @given(
     coarse=LOCKED,
     beside=st.lists(RULE, max_size=2),
@@ -257,7 +257,7 @@ def test_no_finer_layer_loosens_what_a_locked_rule_or_entry_says(
     assert all(STRICT[whole.decide(facts).decision] >= STRICT[action] for action in bound)
 
 
-@CALM
+@examples(300)
 @given(layers=st.lists(DOCUMENT, min_size=3, max_size=3), facts=CALL)
 def test_a_matching_deny_anywhere_is_final(layers: list[dict[str, Any]], facts: CallFacts) -> None:
     policy = layered(**dict(zip(["tenant", "workspace", "agent"], layers, strict=True)))
@@ -296,7 +296,7 @@ BY_COMMAND = layered(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@examples(500)
 @given(text=PIECE, more=st.lists(st.tuples(SEPARATOR, PIECE, st.booleans()), min_size=1, max_size=5))
 def test_adding_a_command_never_weakens_the_decision(text: str, more: list[tuple[str, str, bool]]) -> None:
     before = BY_COMMAND.decide(bash(text)).decision

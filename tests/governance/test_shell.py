@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from corral.governance.shell import MAX_COMMANDS, MAX_TEXT, Command, parse
+from tests.support.examples import examples
 
 # ---- the contract, line by line
 
@@ -186,17 +187,14 @@ def agrees(shells: Shells, text: str) -> None:
             assert succeeding == sorted(wanted), (shell, text)
 
 
-CALM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@CALM
+@examples(60)
 @given(text=TEXT)
 def test_every_text_of_literal_commands_is_simple_and_a_shell_runs_just_those(shells: Shells, text: str) -> None:
     assert parse(text).simple
     agrees(shells, text)
 
 
-@settings(CALM, max_examples=120)
+@examples(120)
 @given(text=TEXT, noise=st.lists(st.tuples(st.integers(0, 200), NOISE), min_size=1, max_size=3))
 def test_whatever_is_still_simple_after_a_mutation_is_what_a_shell_runs(
     shells: Shells, text: str, noise: list[tuple[int, str]]
