@@ -255,7 +255,7 @@ class _MessagesAnswer(Incoming):
         super().__init__(endpoint)
         self._model = model
         self._blocks: list[_Block] = []
-        self._by_index: dict[Any, _Block] = {}
+        self._by_index: dict[int, _Block] = {}
         self._usage: dict[str, int] = {}
         self._reason: str | None = None
         self._started = False
@@ -269,13 +269,13 @@ class _MessagesAnswer(Incoming):
     def _take_object(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
         if kind == "content_block_delta":
-            block, delta = self._by_index.get(event.get("index")), event.get("delta")
+            block, delta = self._by_index.get(_index(event)), event.get("delta")
             if block is not None and isinstance(delta, dict):
                 self._add_delta(block, delta)
         elif kind == "content_block_start":
             content = event.get("content_block")
             if isinstance(content, dict):
-                self._by_index[event.get("index")] = self._open(content)
+                self._by_index[_index(event)] = self._open(content)
         elif kind == "message_start":
             self._started = True
             message = event.get("message")
@@ -379,6 +379,12 @@ class _MessagesAnswer(Incoming):
                 # Without its signature (the limit came first) thinking is not taken back.
                 parts.append(Own(without_surrogates(block.content)))
         return parts
+
+
+def _index(event: dict[str, Any]) -> int:
+    """The number of the block that an event is about; -1 where it gives none."""
+    index = event.get("index")
+    return index if isinstance(index, int) else -1
 
 
 def _call(block: _Block, names: ToolNames, call_id: str, cut: bool) -> ToolCall:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import msgspec
@@ -44,10 +45,11 @@ def decode_json(text: bytes) -> tuple[Any, bool]:
     """A JSON value and True, or None and False. What msgspec is too strict for, the standard library may know."""
     try:
         return msgspec.json.decode(text), True
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         try:
             # Lone halves of surrogate pairs, written as \\ud83d, which are no text but do occur.
-            return json.loads(text.decode("utf-8", "surrogatepass"), parse_constant=_no_constant), True
+            decoded = text.decode("utf-8", "surrogatepass")
+            return json.loads(decoded, parse_constant=_no_constant, parse_float=_finite), True
         except (ValueError, RecursionError):
             return None, False
     except RecursionError:
@@ -56,3 +58,11 @@ def decode_json(text: bytes) -> tuple[Any, bool]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    """A number beyond what can be kept would be infinite here and null in the journal, and so in the hash."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is out of range")
+    return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -76,6 +77,9 @@ class ChatCompletions:
 def _short_id(call_id: str) -> str:
     """Nine characters that are always the same for an id; two of one transcript coincide at odds of 1 to 10**9."""
     return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+_STATUS = re.compile(r"[0-9]{3}")
 
 
 class _CallInProgress:
@@ -207,7 +211,7 @@ class _ChatAnswer(Incoming):
         message, code = error_fields(chunk)
         error = chunk["error"]
         kind = error.get("type") if isinstance(error, dict) else None
-        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+        status = int(code) if isinstance(code, int) or (isinstance(code, str) and _STATUS.fullmatch(code)) else None
         if status is None and ("invalid_request_error" in (code, kind) or code == "context_length_exceeded"):
             status = 400
         known = status is not None and 400 <= status < 600

@@ -261,7 +261,7 @@ def _error_text(body: bytes) -> tuple[str, object]:
     """Message and code out of an error's body, in the forms that servers give it."""
     try:
         decoded = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return body.decode("utf-8", "replace"), None
     return error_fields(decoded)
 

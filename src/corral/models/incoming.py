@@ -20,6 +20,7 @@ from corral.models.transcript import ToolNames, without_surrogates
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MAX_CALLS = 128
+MAX_TOKENS = 10**9
 _DRAIN_SECONDS = 0.1
 
 
@@ -165,5 +166,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def token_count(value: Any) -> int | None:
-    """A number of tokens as a server sends it; None for what is none."""
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 else None
+    """A number of tokens as a server sends it; None for what is none, and for more than any answer has."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_TOKENS:
+        return None
+    return int(value)
