@@ -1,13 +1,14 @@
 """What a model's server may send, in both dialects: right streams, changed, cut, and garbage.
 
 What must hold: the call ends in a message or in an error of the contract, whatever came; how the network
-cuts the bytes makes no difference.
+cuts the bytes makes no difference; and nothing takes time or memory out of proportion to what came.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -17,15 +18,16 @@ from hypothesis import strategies as st
 
 from corral.models import anthropic, chat_completions
 from corral.models.api import Finished, Text, ToolDefinition, UserMessage
+from corral.models.arguments import decode_json
 from corral.models.http import Endpoint
-from corral.models.incoming import Incoming
+from corral.models.incoming import MAX_ANSWER_BYTES, Incoming
 from corral.models.provider import Answer, ProviderError
 from corral.models.router import ModelRouter, RetryPolicy
 from corral.models.sse import EventTooLong, SseParser
 from corral.models.transcript import ToolNames
 from corral.protocol.canonical import canonical_json
 from corral.protocol.errors import InvalidRequest, ModelUnavailable
-from tests.fuzz.support import LETTERS, mutated
+from tests.fuzz.support import LETTERS, VALUES, mutated
 from tests.models.helpers import CLAUDE, MODEL, environ, request
 from tests.support.examples import examples
 from tests.support.model_server import CallTools, ModelServer, Raw, Say
@@ -212,6 +214,34 @@ def test_the_parser_of_events_gives_the_same_however_the_bytes_are_cut(
     assert parsed(cut(data, places)) == parsed([data])
 
 
+def repeating_its_name(pieces: list[str]) -> bytes:
+    """A stream of a server that numbers no calls and says a call's name in every fragment."""
+    functions = [{"name": "bash_exec", "arguments": piece} for piece in pieces]
+    return written(
+        MODEL, [{"choices": [{"delta": {"tool_calls": [{"function": function}]}}]} for function in functions]
+    )
+
+
+BRACKETS = st.text(st.sampled_from('{}[]"\\ax'), max_size=8)
+
+
+@examples(150)
+@given(
+    args=st.dictionaries(BRACKETS, st.one_of(BRACKETS, VALUES), max_size=3),
+    places=st.lists(st.integers(0, 80), max_size=4),
+)
+def test_where_a_call_ends_is_seen_whatever_its_arguments_hold_and_wherever_they_are_cut(
+    args: dict[str, Any], places: list[int]
+) -> None:
+    text = json.dumps(args)
+    edges = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
+    pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
+    answer = taken(MODEL, [repeating_its_name([*pieces, '{"the": "next"}'])])
+    assert isinstance(answer, Answer)
+    wanted = [decode_json(text.encode())[0], {"the": "next"}]
+    assert [call.args for call in answer.message.tool_calls] == wanted
+
+
 @examples(25)
 @given(stream=streams(), whole=st.booleans())
 async def test_over_a_socket_a_call_ends_in_a_message_or_in_an_error_of_the_contract(
@@ -230,3 +260,60 @@ async def test_over_a_socket_a_call_ends_in_a_message_or_in_an_error_of_the_cont
             pass
         finally:
             await router.close()
+
+
+# ---- size
+
+
+def flood(model: str, first: str, event: str, size: int) -> tuple[float, Answer | str]:
+    """CPU seconds for `first` and then `size` bytes of one event over and over, in reads as a socket gives them."""
+    head = "" if model == MODEL else 'data: {"type":"message_start"}\n\n'
+    each = f"data: {event}\n\n".encode()
+    per_read = max(1, 65536 // len(each))
+    reads = [f"{head}data: {first or event}\n\n".encode(), *[each * per_read] * (size // (len(each) * per_read))]
+    began = time.process_time()
+    result = taken(model, reads)
+    return time.process_time() - began, result
+
+
+FLOODS = {
+    "text": (MODEL, "", '{"choices":[{"delta":{"content":"x"}}]}'),
+    "a call that is named each time": (
+        MODEL,
+        "",
+        '{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":"{\\"a\\":\\"xxx\\","}}]}}]}',
+    ),
+    "pieces of one call": (
+        MODEL,
+        "",
+        '{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"1"}}]}}]}',
+    ),
+    "thinking": (
+        CLAUDE,
+        '{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":""}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"' + "x" * 100 + '"}}',
+    ),
+    "blocks": (CLAUDE, "", '{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}'),
+    "kinds that there are not": (CLAUDE, "", '{"type":"later"}'),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_four_times_as_much_of_the_same_takes_about_four_times_as_long(kind: str) -> None:
+    """Work by the square of the length would be sixteen times as much, in each attempt; small figures do not count."""
+    model, first, event = FLOODS[kind]
+    took = []
+    for _ in range(3):
+        small, large = (flood(model, first, event, size)[0] for size in (500_000, 2_000_000))
+        took.append((small, large))
+        if large < 10 * max(small, 0.05):
+            return
+    raise AssertionError(took)
+
+
+def test_an_answer_beyond_its_limit_is_given_up() -> None:
+    _, result = flood(
+        MODEL, "", '{"choices":[{"delta":{"content":"' + "x" * 60_000 + '"}}]}', MAX_ANSWER_BYTES + 100_000
+    )
+    assert isinstance(result, str)
+    assert "longer than" in result

@@ -239,11 +239,19 @@ class _Block:
         self.content = content
         self.size = 0
         self.json: list[str] = []
+        self._pieces: dict[str, list[str]] = {}
 
     def append(self, field: str, piece: Any) -> None:
+        """Put `piece` behind what the field holds; joined at the end alone, so that a long one costs linear time."""
         if isinstance(piece, str):
+            self._pieces.setdefault(field, []).append(piece)
+
+    def end(self) -> None:
+        """The block is whole: its content has all that was appended."""
+        for field, pieces in self._pieces.items():
             before = self.content.get(field)
-            self.content[field] = (before if isinstance(before, str) else "") + piece
+            self.content[field] = "".join([before if isinstance(before, str) else "", *pieces])
+        self._pieces = {}
 
 
 class _MessagesAnswer(Incoming):
@@ -256,6 +264,7 @@ class _MessagesAnswer(Incoming):
         self._model = model
         self._blocks: list[_Block] = []
         self._by_index: dict[int, _Block] = {}
+        self._calls = 0
         self._usage: dict[str, int] = {}
         self._reason: str | None = None
         self._started = False
@@ -304,7 +313,8 @@ class _MessagesAnswer(Incoming):
         self._blocks.append(block)
         if block.kind == "text":
             self._add_block_text(block, content.get("text"))
-        if sum(one.kind == "tool_use" for one in self._blocks) > MAX_CALLS:
+        self._calls += block.kind == "tool_use"
+        if self._calls > MAX_CALLS:
             raise ProviderError(f"more than {MAX_CALLS} tool calls in one answer", Remedy.RETRY)
         return block
 
@@ -370,6 +380,7 @@ class _MessagesAnswer(Incoming):
         parts: list[str | ToolCall | Own] = []
         text, at = self.text, 0
         for number, block in enumerate(self._blocks):
+            block.end()
             if block.kind == "text":
                 parts.append(text[at : at + block.size])
                 at += block.size

@@ -79,7 +79,39 @@ def _short_id(call_id: str) -> str:
     return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
+_MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 _STATUS = re.compile(r"[0-9]{3}")
+
+
+class _Brackets:
+    """Whether the brackets of a JSON text that comes in pieces are all closed again.
+
+    Servers that repeat a call's name in each fragment have this asked at each of them: to decode all that
+    there is so far every time would take time by the square of its length.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._opened = self._quoted = False
+        self._half = ""
+        self.spent = False
+
+    def add(self, piece: str) -> None:
+        """Take the next piece."""
+        text = self._half + piece
+        # A backslash at the very end waits for what it stands before.
+        backslashes = len(text) - len(text.rstrip("\\"))
+        self._half = "\\" if backslashes % 2 else ""
+        for mark in _MARKS.findall(text[: len(text) - len(self._half)]):
+            if mark == '"':
+                self._quoted = not self._quoted
+            elif not self._quoted and len(mark) == 1:
+                self._opened = True
+                self._depth += 1 if mark in "{[" else -1
+
+    @property
+    def closed(self) -> bool:
+        return self._opened and not self._quoted and self._depth == 0 and not self.spent
 
 
 class _CallInProgress:
@@ -91,6 +123,7 @@ class _CallInProgress:
         self.args: list[str] = []
         self.parsed: Any = None
         """Arguments that came as an object and not as text."""
+        self._brackets = _Brackets()
 
     def add(self, function: Any) -> None:
         if not isinstance(function, dict):
@@ -102,6 +135,7 @@ class _CallInProgress:
         args = function.get("arguments")
         if isinstance(args, str):
             self.args.append(args)
+            self._brackets.add(args)
         elif args is not None:
             self.parsed = args
 
@@ -109,8 +143,13 @@ class _CallInProgress:
         """Whether the arguments so far are a JSON value, so that a new name can only be a new call."""
         if self.parsed is not None:
             return True
+        if not self._brackets.closed:
+            return False
+        # Looked at once: what comes behind the last bracket makes nothing whole again.
         text = "".join(self.args)
-        return bool(text) and arguments.decode_json(text.encode("utf-8", "surrogatepass"))[1]
+        whole = arguments.decode_json(text.encode("utf-8", "surrogatepass"))[1]
+        self._brackets.spent = not whole
+        return whole
 
 
 class _ChatAnswer(Incoming):
