@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 from typing import Any
 
 import pytest
 
-from tests.support.house import House
-from tests.support.wire import Wire, new_key
+from tests.support.house import TOKEN, House
+from tests.support.wire import Wire, new_key, upgrade_request
 
 
 async def refusal(wire: Wire, text: str, frame_id: str) -> Any:
@@ -194,3 +197,24 @@ async def test_requests_are_answered_as_they_finish_and_all_of_them(home: House)
             await wire.start("sessions.list", {}, frame_id=f"p{number}")
         await wire.until(lambda: len(wire.frames) == 301)
         assert {f["id"] for f in wire.frames[1:]} == {f"p{number}" for number in range(300)}
+
+
+@pytest.mark.parametrize("last", [b"\xf1\x80\0\0\0\0", b"\x89\x80\0\0\0\0", b"\x81\x81\0\0\0\0\xff"])
+async def test_a_client_that_is_gone_before_it_can_be_answered_is_no_error_of_ours(
+    home: House, last: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A frame that breaks the protocol, or wants a pong, waits behind the handshake when the client hangs up."""
+    text = json.dumps({"type": "req", "id": "1", "method": "connect", "params": {"auth": {"token": TOKEN}}}).encode()
+    connect = b"\x81\xfe" + len(text).to_bytes(2) + b"\0\0\0\0" + text
+    host, _, port = home.url.removeprefix("http://").rpartition(":")
+    for _ in range(10):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(upgrade_request("Host: localhost"))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        writer.write(connect + last)
+        writer.write_eof()
+        while await reader.read(65536):
+            pass
+        writer.close()
+    await home.sockets_gone()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

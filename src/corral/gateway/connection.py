@@ -267,7 +267,12 @@ class Connection:
     async def _read(self) -> None:
         try:
             while not self._closing:
-                message = await self._socket.receive()
+                try:
+                    message = await self._socket.receive()
+                except ConnectionError:
+                    # The peer was gone before it could be told what it broke, or that its ping arrived.
+                    self.begin_close(CloseCode.NORMAL)
+                    return
                 if message.type is WSMsgType.TEXT:
                     await self._take(message.data)
                 elif message.type is WSMsgType.BINARY:
