@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,31 @@ async def test_a_chunked_body_is_cut_off_at_the_limit(home: House) -> None:
         ) as response,
     ):
         assert response.status == 413
+
+
+async def test_a_body_that_is_not_coded_as_its_headers_say_is_refused(
+    home: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await rpc(home.url, body=b"{}", token=TOKEN, headers={"Content-Encoding": "gzip"})
+    assert (answer.status, answer.code) == (400, "INVALID_REQUEST")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error_of_ours(
+    home: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    host, _, port = home.url.removeprefix("http://").rpartition(":")
+    head = f"POST /rpc HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode())
+    await writer.drain()
+    assert (await rpc(home.url, "sessions.list", {}, token=TOKEN)).status == 200
+    writer.close()
+    async with asyncio.timeout(60):
+        while not any(vars(record).get("action") == "http.broken_off" for record in caplog.records):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING or record.exc_info] == []
 
 
 async def test_connect_is_answered_where_none_is_needed(home: House) -> None:

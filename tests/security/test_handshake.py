@@ -5,6 +5,7 @@ Upgrades are written by hand: no library adds a header that the attacker would n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -267,9 +268,29 @@ async def test_a_token_that_names_no_tenant_is_no_token(home: House) -> None:
     assert (await rpc(home.url, "sessions.list", {}, token=token)).status == 401
 
 
-async def test_errors_and_headers_tell_nothing_of_the_inside(home: House) -> None:
-    for request in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"POST /rpc HTTP/1.1\r\nHost: evil\r\n\r\n"):
-        _, text = await raw_http(home.url, request)
-        assert "aiohttp" not in text.lower()
-        assert "python" not in text.lower()
-        assert "traceback" not in text.lower()
+SPOILT = [
+    b"\0\1\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET http://[ HTTP/1.1\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nAuthorization : Bearer %b\r\n\r\n" % TOKEN.encode(),
+    b"GET /healthz HTTP/1.1\r\nAuthorization: Bearer %b\0\r\n\r\n" % TOKEN.encode(),
+    b"GET /healthz HTTP/1.1\r\nAuthorization: Bearer %b%b\r\n\r\n" % (TOKEN.encode(), b"x" * 9000),
+]
+
+
+@pytest.mark.parametrize(
+    "request_", [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"POST /rpc HTTP/1.1\r\nHost: evil\r\n\r\n", *SPOILT]
+)
+async def test_errors_and_headers_tell_nothing_of_the_inside(
+    home: House, request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does a log line repeat what came, with the token in it; and no stranger can fill the log with tracebacks."""
+    caplog.set_level(logging.DEBUG)
+    status, text = await raw_http(home.url, request_)
+    assert status == (400 if request_ in SPOILT else 404 if b"localhost" in request_ else 403)
+    assert "content-type: application/json" in text.lower()
+    assert "server: corral" in text.lower()
+    for word in ("aiohttp", "python", "traceback", TOKEN):
+        assert word not in text.lower()
+    assert TOKEN not in caplog.text
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING or record.exc_info] == []

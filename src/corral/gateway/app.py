@@ -21,6 +21,7 @@ from corral.gateway.feeds import FeedSystem
 from corral.gateway.handshake import CloseCode, Handshake
 from corral.gateway.http import Health, Rpc, finishing, guard, not_upgrading
 from corral.gateway.limits import FailedAuthLimiter, PreauthGate, RequestLimiter, address_key
+from corral.gateway.listening import Runner
 from corral.gateway.metrics import GatewayMetrics
 from corral.gateway.options import GatewayOptions
 from corral.gateway.origin import OriginPolicy
@@ -120,8 +121,12 @@ class Gateway:
             )
         )
         self._health = Health(store, clock, options, self._draining)
-        self._runner = web.AppRunner(
-            self._application(), access_log=None, shutdown_timeout=_SHUTDOWN_S, lingering_time=_LINGERING_S
+        self._runner = Runner(
+            self._application(),
+            self._door.refusal,
+            access_log=None,
+            shutdown_timeout=_SHUTDOWN_S,
+            lingering_time=_LINGERING_S,
         )
 
     def _new_metrics(self, core: Runs) -> GatewayMetrics:

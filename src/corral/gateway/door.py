@@ -91,7 +91,7 @@ class Door:
             logger.exception("authentication failed", extra=_about(request, "http.auth_failed"))
             raise Refused(503, InternalError("something went wrong in the server")) from None
 
-    def refusal(self, request: web.Request, refused: Refused) -> web.Response:
+    def refusal(self, request: web.BaseRequest, refused: Refused) -> web.Response:
         """A refusal as the path's clients expect it: `/rpc` always answers in its own shape."""
         frame = error_frame(refused.frame_id, refused.error, self._dispatcher.new_trace_id())
         if is_rpc(request.path):

@@ -120,10 +120,13 @@ class Rpc:
         if request.content_length is not None and request.content_length > self._max_bytes:
             raise too_big
         body = bytearray()
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > self._max_bytes:
-                raise too_big
+        try:
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > self._max_bytes:
+                    raise too_big
+        except web.RequestPayloadError:
+            raise Refused(400, InvalidRequest("the body is not what its headers say")) from None
         return bytes(body)
 
     async def _answer(self, request: web.Request, frame: RequestFrame, principal: Principal) -> web.Response:
