@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import types
 import typing
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 from hypothesis import strategies as st
+
+from corral.protocol.errors import ErrorCode
+from corral.protocol.schema import protocol_schema
+from tests.support.house import TOKEN
 
 
 def nothing_unexpected(caplog: pytest.LogCaptureFixture) -> None:
@@ -19,6 +25,25 @@ def nothing_unexpected(caplog: pytest.LogCaptureFixture) -> None:
     bad = [shown.format(record) for record in caplog.records if record.levelno >= logging.ERROR]
     caplog.clear()
     assert bad == [], "\n".join(bad)
+
+
+# ---- answers
+
+CODES = {code.value for code in ErrorCode} - {"INTERNAL_ERROR"}
+_RESPONSE = jsonschema.Draft202012Validator({"$ref": "#/$defs/Response", "$defs": protocol_schema()["$defs"]})
+_INSIDE = re.compile(r"Traceback|File \"|\.py\b|site-packages|/tmp/|corral\.db|sqlite|" + re.escape(TOKEN))
+
+
+def check_response(response: Any) -> None:
+    """A response is of the published schema; an error has a code of the contract and tells nothing of the inside."""
+    assert list(_RESPONSE.iter_errors(response)) == [], response
+    assert set(response) in ({"type", "id", "ok", "payload"}, {"type", "id", "ok", "error"})
+    assert response["ok"] is ("payload" in response)
+    if not response["ok"]:
+        assert response["error"]["code"] in CODES, response
+        assert response["error"]["message"]
+        assert response["error"]["traceId"]
+        assert _INSIDE.search(str(response["error"])) is None, response
 
 
 # ---- values
