@@ -13,16 +13,18 @@ BENCH_ARGS ?=
 SCALE_ARGS ?=
 SOAK_SECONDS ?= 1200
 SOAK_ARGS ?=
+FUZZ_ARGS ?=
 LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel bench-scale soak
+.PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel bench-scale soak fuzz
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
 	@echo "make demo     a tour that needs no key: a gateway is killed in the middle of a run and goes on"
 	@echo "make test     set up with the development dependencies, then run the whole suite"
+	@echo "make fuzz     the property-based tests with other examples in each round, for ten minutes (FUZZ_ARGS='--minutes 60')"
 	@echo "make bench    what it costs beside the bare libraries: one table (BENCH_ARGS=--quick takes a minute)"
 	@echo "make chaos    break everything at random for five minutes and see that nothing is lost (CHAOS_SECONDS=, CHAOS_SEED=)"
 	@echo "make bench-scale  the same queries of a large store and a small one (some minutes, 3 GB of disk)"
@@ -45,6 +47,9 @@ demo: setup
 
 test: setup-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: setup-dev
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: setup
 	@$(BIN)/python -m bench $(BENCH_ARGS)
