@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.fuzz.support import nothing_unexpected
@@ -141,6 +141,25 @@ async def test_whatever_comes_as_a_request_is_answered_in_our_words_or_not_at_al
         await alive(home)
         check_answers(await rest(reader, writer))
     check_logs(caplog)
+
+
+TOKENS = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=60),
+    st.sampled_from(
+        ["' OR 1=1 --", "' UNION SELECT 1", "%", "_" * 32, TOKEN[:-1], TOKEN.upper(), f"{TOKEN} x", "null"]
+    ),
+)
+
+
+@examples(40)
+@given(scheme=st.sampled_from(["Bearer ", "bearer  ", "", "Basic ", "Bearer Bearer "]), token=TOKENS)
+async def test_no_text_in_the_place_of_a_token_opens_anything(home: House, scheme: str, token: str) -> None:
+    assume(f"{scheme}{token}".split() != ["Bearer", TOKEN])
+    async with socket(home) as (reader, writer):
+        fields = f"Authorization: {scheme}{token}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        writer.write(f"POST /rpc HTTP/1.1\r\nHost: localhost\r\n{fields}".encode())
+        status = await reader.readline()
+        assert status.split()[1] in (b"400", b"401", b"429"), status
 
 
 # ---- WebSocket

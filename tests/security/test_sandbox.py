@@ -203,6 +203,15 @@ async def test_each_call_has_a_tmp_of_its_own(bench: Bench) -> None:
     assert "left" not in set(os.listdir("/tmp")) - before
 
 
+@pytest.mark.parametrize("mode", ["sandbox", "host"])
+async def test_no_state_of_the_shell_goes_from_one_call_to_the_next(bench: Bench, mode: str) -> None:
+    bench = bench.on(bash_mode=mode)
+    await bench.bash("export X=left; cd /; umask 0; ls() { echo left; }; export -f ls; set -k; alias pwd='echo left'")
+    outcome = await bench.bash("echo ${X-unset}; pwd; umask; type -t ls; echo $-; alias")
+    assert outcome.output.split()[:4] == ["unset", str(bench.root), "0022", "file"]
+    assert "left" not in outcome.output
+
+
 async def test_limits_are_those_that_are_documented(bench: Bench) -> None:
     text = (await bench.bash("cat /proc/self/limits")).output
     rows = {line[:26].strip(): line[26:].split()[:2] for line in text.splitlines()[1:]}
