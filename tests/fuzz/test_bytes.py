@@ -128,7 +128,7 @@ def check_answers(data: bytes) -> None:
             assert error["code"] in ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "NOT_FOUND", "RATE_LIMITED"), said
 
 
-@examples(120)
+@examples(80)
 @given(data=requests(), cut=st.integers(0, 400))
 async def test_whatever_comes_as_a_request_is_answered_in_our_words_or_not_at_all(
     home: House, caplog: pytest.LogCaptureFixture, data: bytes, cut: int
@@ -212,7 +212,7 @@ def sent_frames(data: bytes) -> list[tuple[int, bytes]]:
     return frames
 
 
-@examples(120)
+@examples(80)
 @given(connected=st.booleans(), parts=st.lists(FRAMES, min_size=1, max_size=5), data=st.data())
 async def test_whatever_comes_on_a_websocket_is_answered_in_frames_or_ends_it_with_a_code(
     home: House, caplog: pytest.LogCaptureFixture, connected: bool, parts: list[bytes], data: st.DataObject

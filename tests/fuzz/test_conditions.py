@@ -109,7 +109,7 @@ CALLS = st.one_of(
 )
 
 
-@examples(250)
+@examples(150)
 @given(when=conditions(), call=CALLS)
 def test_a_condition_of_any_kind_is_decided_within_its_budget_and_fails_to_the_strict_side(
     when: str, call: CallFacts
@@ -134,7 +134,7 @@ def test_a_condition_of_any_kind_is_decided_within_its_budget_and_fails_to_the_s
         assert matches["deny"] is not None
 
 
-@examples(120)
+@examples(80)
 @given(when=conditions(), beside=conditions(), action=st.sampled_from(["deny", "approval-required"]), call=CALLS)
 def test_no_rule_that_allows_takes_away_what_another_restricts(
     when: str, beside: str, action: str, call: CallFacts

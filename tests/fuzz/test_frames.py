@@ -121,7 +121,7 @@ def id_of(text: str) -> set[str]:
     return {given}
 
 
-@examples(50)
+@examples(35)
 @given(texts=st.lists(frames(), min_size=1, max_size=8))
 async def test_every_frame_on_a_websocket_is_answered_under_its_id_and_the_socket_stays(
     home: House, caplog: pytest.LogCaptureFixture, texts: list[str]
@@ -155,7 +155,7 @@ BODIES = st.one_of(
 )
 
 
-@examples(30)
+@examples(25)
 @given(bodies=st.lists(BODIES, min_size=1, max_size=5))
 async def test_every_body_of_rpc_is_answered_in_its_shape_with_a_status_of_the_contract(
     home: House, caplog: pytest.LogCaptureFixture, bodies: list[bytes]

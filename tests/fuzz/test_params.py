@@ -163,7 +163,7 @@ ANY_CALL = st.sampled_from(list(PARAMS)).flatmap(lambda name: st.tuples(st.just(
 
 
 @pytest.mark.parametrize("name", PARAMS)
-@examples(15)
+@examples(12)
 @given(data=st.data())
 async def test_every_method_answers_whatever_its_params_are_and_names_what_is_wrong(
     home: House, caplog: pytest.LogCaptureFixture, name: str, data: st.DataObject

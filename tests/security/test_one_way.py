@@ -17,7 +17,8 @@ def callers(wanted: str) -> list[tuple[str, str]]:
     """(file, function) of every call whose text ends in `wanted`."""
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
-        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        for function in ast.walk(ast.parse(text)) if wanted in text else ():
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 for node in ast.walk(function):
                     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(wanted):
