@@ -151,12 +151,13 @@ def streams(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 CALL = '{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"name":"f","arguments":"{\\"a\\":1e999}"}}]}}]}'
+COUNTED = b'"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":'
 FOUND = {
     "a byte that is no UTF-8, in a text": (MODEL, b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n'),
     "a byte that is no UTF-8, in a name": (MODEL, b'data: {"\x80":1}\n\n'),
     "a byte that is no UTF-8, in Messages": (CLAUDE, b'data: {"type":"\xc3"}\n\n'),
-    "a count beyond all numbers": (MODEL, b'data: {"usage":{"prompt_tokens":1e999}}\n\n'),
-    "a count of 400 digits": (MODEL, b'data: {"choices":[{}],"usage":{"prompt_tokens":%b}}\n\n' % (b"9" * 400)),
+    "a count beyond all numbers": (MODEL, b"data: {%b1e999}}\n\n" % COUNTED),
+    "a count of 400 digits": (MODEL, b"data: {%b%b}}\n\n" % (COUNTED, b"9" * 400)),
     "a code of 5000 digits": (MODEL, b'data: {"error":{"code":"%b"}}\n\n' % (b"9" * 5000)),
     "an argument beyond all numbers": (MODEL, f"data: {CALL}\n\n".encode()),
     "an index that is a list": (CLAUDE, b'data: {"type":"content_block_delta","index":[],"delta":{}}\n\n'),
