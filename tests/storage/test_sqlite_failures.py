@@ -242,6 +242,17 @@ async def test_a_unit_that_goes_on_after_the_disk_was_full_writes_nothing(small_
         await store.close()
 
 
+async def test_a_unit_that_hides_the_loss_of_its_transaction_behind_an_error_is_unavailable(store: SqliteStore) -> None:
+    def hiding(tx: Transaction) -> None:
+        append(tx)
+        driver(tx.sessions._connection._connection).rollback()  # as SQLite does by itself on some errors
+        raise LookupError
+
+    with pytest.raises(StoreUnavailable):
+        await store.write(hiding)
+    assert await store.write(lambda tx: append(tx).version) == 1
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file of this process grows beyond `size` bytes meanwhile: writing then fails with EFBIG."""

@@ -14,7 +14,9 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from corral.storage._sqlite_connections import driver
+from corral.storage.api import Work
 from corral.storage.repositories import Transaction
+from corral.storage.rows import JournalEntry
 from corral.storage.sqlite import SqliteStore
 from tests.storage.make import A, FixedClock, append, session
 
@@ -25,6 +27,10 @@ def modes(directory: Path) -> dict[str, int]:
 
 async def open_store(path: Path) -> SqliteStore:
     return await SqliteStore.open(path, FixedClock())
+
+
+def version_after(tx: Transaction) -> int:
+    return append(tx).version
 
 
 async def test_writers_that_wait_together_share_a_commit(tmp_path: Path) -> None:
@@ -43,9 +49,90 @@ async def test_writers_that_wait_together_share_a_commit(tmp_path: Path) -> None
     finally:
         await store.close()
     commits = [sql for sql in statements if sql.startswith("COMMIT")]
-    units = [sql for sql in statements if sql.startswith("SAVEPOINT")]
+    units = [sql for sql in statements if sql.startswith("INSERT INTO journal")]
     assert len(units) == 640
     assert 10 <= len(commits) <= 128
+
+
+class Oops(Exception):
+    """Raised by units that are to fail."""
+
+
+async def carried_out_together(store: SqliteStore, *units: Work[object]) -> tuple[list[object], list[str]]:
+    """What came of units that were committed as one group; and the group's statements that order transactions."""
+    told, go_on, statements = threading.Event(), threading.Event(), list[str]()
+
+    def hold(tx: Transaction) -> None:
+        driver(tx.sessions._connection._connection).set_trace_callback(statements.append)
+        told.set()
+        assert go_on.wait(30)
+
+    holding = asyncio.create_task(store.write(hold))
+    try:
+        assert await asyncio.to_thread(told.wait, 30)
+        together = [asyncio.ensure_future(store.write(unit)) for unit in units]
+        await asyncio.sleep(0)
+        assert store.waiting == len(units) + 1
+    finally:
+        go_on.set()
+    await holding
+    results = await asyncio.gather(*together, return_exceptions=True)
+    control = [sql for sql in statements if sql.split()[0] not in ("SELECT", "INSERT", "UPDATE", "DELETE")]
+    return list(results), control[control.index("COMMIT") + 1 :]
+
+
+def write_and_fail(tx: Transaction) -> None:
+    append(tx)
+    raise Oops
+
+
+def read_and_fail(tx: Transaction) -> None:
+    assert tx.sessions.get(A, "s_1") is not None
+    raise Oops
+
+
+async def test_units_that_succeed_or_have_only_read_cost_no_savepoints(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        await store.write(lambda tx: tx.sessions.insert(session()))
+        results, control = await carried_out_together(store, version_after, read_and_fail, version_after)
+        assert [type(result) for result in results] == [int, Oops, int]
+        assert (results[0], results[2]) == (1, 2)
+        assert control == ["BEGIN IMMEDIATE", "COMMIT"]
+    finally:
+        await store.close()
+
+
+async def test_a_unit_that_fails_after_a_change_is_undone_alone(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    heard: list[JournalEntry] = []
+    try:
+        await store.write(lambda tx: tx.sessions.insert(session()))
+        store.add_listener(heard.extend)
+        results, control = await carried_out_together(store, version_after, write_and_fail, version_after)
+        assert [type(result) for result in results] == [int, Oops, int]
+        assert (results[0], results[2]) == (1, 2)
+        assert [entry.version for entry in heard] == [1, 2]
+        assert await store.read(lambda tx: tx.journal.after(A, "s_1", 0, 9)) == heard
+        # Tried together, rolled back, and run again with a way to undo the one that fails.
+        assert control[:2] == ["BEGIN IMMEDIATE", "ROLLBACK"]
+        assert control.count("SAVEPOINT unit") == 3
+        assert control.count("ROLLBACK TO unit") == 1
+        assert control[-1] == "COMMIT"
+    finally:
+        await store.close()
+
+
+async def test_a_unit_alone_in_its_group_that_fails_after_a_change_is_not_run_again(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        await store.write(lambda tx: tx.sessions.insert(session()))
+        results, control = await carried_out_together(store, write_and_fail)
+        assert [type(result) for result in results] == [Oops]
+        assert control == ["BEGIN IMMEDIATE", "ROLLBACK"]
+        assert await store.write(version_after) == 1
+    finally:
+        await store.close()
 
 
 async def test_the_database_is_durable_and_checked_as_the_design_says(tmp_path: Path) -> None:

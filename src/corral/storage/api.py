@@ -31,8 +31,8 @@ class Store(ABC):
     async def write(self, work: Work[T], on_commit: Callable[[T], None] | None = None) -> T:
         """Run `work` in one transaction, commit durably, return what it returned.
 
-        `work` runs off the event loop, may run more than once (a group's commit that fails is
-        tried again one unit at a time) and so touches nothing but its transaction. An exception
+        `work` runs off the event loop, may run more than once (a group is run again where one of
+        its units fails, or its commit) and so touches nothing but its transaction. An exception
         from it rolls this unit back, this unit alone, and is raised here.
 
         After the commit, on the event loop and in commit order for all units: `on_commit(result)`

@@ -1,8 +1,10 @@
 """The store in one SQLite file: one thread that writes in groups, a few that read beside it.
 
 A durable commit costs an fsync, whatever is in it. So the writer takes all units that wait, runs
-each in a savepoint of one transaction, and commits them together: a hundred waiting writers cost
-one fsync. Every method belongs to the event loop's thread; `_Writer` belongs to its own.
+them in one transaction, and commits them together: a hundred waiting writers cost one fsync. A unit
+that raises is undone alone: where it has changed something, the group is rolled back and run once
+more, each unit in a savepoint, which are not set before they are needed. Every method belongs to
+the event loop's thread; `_Writer` belongs to its own.
 """
 
 from __future__ import annotations
@@ -70,6 +72,10 @@ class _GroupLost(Exception):
     """The transaction is gone, with every unit in it."""
 
 
+class _UnitToUndo(Exception):
+    """A unit has raised after it had changed something, and shares its transaction with others."""
+
+
 class _Writer:
     """The connection that writes. Everything here runs in the writer's thread."""
 
@@ -100,7 +106,12 @@ class _Writer:
     def carry_out(self, units: Sequence[_Unit]) -> None:
         """Commit the units together, or failing that each by itself; the outcome is left in them."""
         try:
-            self._attempt(units)
+            try:
+                self._attempt(units, _run_bare)
+            except _UnitToUndo:
+                # It was rolled back with its group, which is all that is due to a unit that was alone in it.
+                if len(units) > 1:
+                    self._attempt(units, _run_in_savepoint)
             return
         except _GroupLost as lost:
             logger.warning(
@@ -111,21 +122,27 @@ class _Writer:
         # One unit may be what is too much for the disk; the others need not fail with it.
         for unit in units:
             try:
-                self._attempt([unit])
+                self._attempt([unit], _run_in_savepoint)
             except _GroupLost as lost:
                 unit.result, unit.entries = None, ()
                 unit.error = StoreUnavailable(_CANNOT_WRITE)
                 unit.error.__cause__ = lost.__cause__
 
-    def _attempt(self, units: Sequence[_Unit]) -> None:
-        """One transaction for `units`. Raises _GroupLost, with what SQLite said as its cause."""
+    def _attempt(self, units: Sequence[_Unit], run: Callable[[Connection, Driver, _Unit], None]) -> None:
+        """One transaction for `units`.
+
+        Raises _GroupLost, with what SQLite said as its cause, and what `run` raises; nothing is changed then.
+        """
         try:
             connection = self._connected()
             raw = driver(connection)
             raw.control("BEGIN IMMEDIATE")
             for unit in units:
-                _run_in_savepoint(connection, raw, unit)
+                run(connection, raw, unit)
             raw.control("COMMIT")
+        except _UnitToUndo:
+            self._recover(None, keep=True)
+            raise
         except _GroupLost as lost:
             self._recover(lost.__cause__)
             raise
@@ -138,7 +155,7 @@ class _Writer:
             self._connection = open_writer(self._engine)
         return self._connection
 
-    def _recover(self, error: BaseException | None) -> None:
+    def _recover(self, error: BaseException | None, *, keep: bool = False) -> None:
         """Leave no transaction open, and no connection that would go on failing when the disk is well again."""
         if self._connection is None:
             return
@@ -148,7 +165,7 @@ class _Writer:
             # for as long as a traceback keeps one of its cursors.
             if raw.in_transaction:
                 raw.control("ROLLBACK")
-            keep = error_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)
+            keep = keep or error_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)
         except sqlite3.Error:
             logger.warning("rollback failed", exc_info=True, extra={"action": "store.rollback_failed"})
             keep = False
@@ -178,22 +195,39 @@ class _Writer:
         self.abandon()
 
 
+def _run_bare(connection: Connection, raw: Driver, unit: _Unit) -> None:
+    """Run a unit without a savepoint, two statements less.
+
+    Most that raise have only read by then: nothing is to be undone. Raises _UnitToUndo for one that has not.
+    """
+    before = raw.total_changes
+    _run(connection, raw, unit)
+    if unit.error is not None and raw.total_changes != before:
+        raise _UnitToUndo
+
+
 def _run_in_savepoint(connection: Connection, raw: Driver, unit: _Unit) -> None:
-    transaction = Transaction(connection)
-    unit.error = None
     raw.control("SAVEPOINT unit")
+    _run(connection, raw, unit)
+    if unit.error is not None:
+        raw.control("ROLLBACK TO unit")
+    raw.control("RELEASE unit")
+
+
+def _run(connection: Connection, raw: Driver, unit: _Unit) -> None:
+    """The unit's work; what it returned or raised is left in it. Raises _GroupLost."""
+    transaction = Transaction(connection)
+    unit.result, unit.entries, unit.error = None, (), None
     try:
         unit.result = unit.work(transaction)
         unit.entries = transaction.appended
     except BaseException as error:  # whatever it is, it is the caller's, not the writer's
-        # SQLite ends the whole transaction by itself on some errors.
-        if not raw.in_transaction or is_unavailable(error):
+        if is_unavailable(error):
             raise _GroupLost from error
-        raw.control("ROLLBACK TO unit")
-        unit.result, unit.entries = None, ()
         unit.error = error
-    # Fails, and the group with it, if the transaction ended behind a unit that took no notice.
-    raw.control("RELEASE unit")
+    # SQLite ends the whole transaction by itself on some errors, of which a unit may take no notice.
+    if not raw.in_transaction:
+        raise _GroupLost from unit.error
 
 
 class _Readers:
