@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from corral.storage._sqlite_connections import driver
-from corral.storage.api import Work
+from corral.storage._sqlite_readers import READERS
+from corral.storage.api import StoreUnavailable, Work
 from corral.storage.repositories import Transaction
 from corral.storage.rows import JournalEntry
 from corral.storage.sqlite import SqliteStore
@@ -218,6 +219,41 @@ async def test_reads_go_on_while_a_unit_is_written(tmp_path: Path) -> None:
         assert await store.read(lambda tx: tx.sessions.get(A, "s_1")) == session()
     finally:
         go_on.set()
+        await store.close()
+
+
+def reading_threads() -> int:
+    return sum(thread.name.startswith("corral-read") for thread in threading.enumerate())
+
+
+async def test_readers_are_started_as_they_are_needed_up_to_their_number(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    go_on = threading.Event()
+    try:
+        for _ in range(9):
+            await store.read(lambda tx: tx.sessions.get(A, "s_1"))
+        assert reading_threads() == 1
+        reads = [asyncio.ensure_future(store.read(lambda _tx: go_on.wait(30))) for _ in range(READERS + 3)]
+        await asyncio.sleep(0)
+        assert reading_threads() == READERS
+        # What nobody waits for any more is let go; the others are answered.
+        reads[-1].cancel()
+        go_on.set()
+        assert await asyncio.gather(*reads[:-1]) == [True] * (READERS + 2)
+    finally:
+        go_on.set()
+        await store.close()
+    assert reading_threads() == 0
+
+
+async def test_readers_that_are_closed_refuse_and_let_nobody_wait(tmp_path: Path) -> None:
+    # As it is for a moment when the writer dies: the readers are closed, the store does not know it yet.
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        await asyncio.to_thread(store._readers.close)
+        with pytest.raises(StoreUnavailable):
+            await asyncio.wait_for(store.read(lambda tx: tx.sessions.get(A, "s_1")), 30)
+    finally:
         await store.close()
 
 

@@ -14,7 +14,6 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +26,15 @@ from sqlalchemy.exc import DBAPIError
 from corral.clock import Clock
 from corral.storage._sqlite_connections import (
     Driver,
-    NoTransaction,
     create_file,
     dispose,
     driver,
     error_code,
     is_unavailable,
     make_engine,
-    open_reader,
     open_writer,
 )
+from corral.storage._sqlite_readers import Readers
 from corral.storage.api import Listener, Store, StoreUnavailable, Work
 from corral.storage.repositories import Transaction
 from corral.storage.rows import JournalEntry
@@ -49,10 +47,7 @@ logger = logging.getLogger(__name__)
 GROUP_LIMIT = 128
 """Units in one commit at most: bounds how long the first of them waits for the others."""
 
-READERS = 4
-
 _CANNOT_WRITE = "the store cannot write now (disk full, read-only or failing); nothing was changed"
-_CANNOT_READ = "the store cannot be read now (the disk or the file fails)"
 _CLOSED = "the store is closed"
 
 
@@ -230,61 +225,6 @@ def _run(connection: Connection, raw: Driver, unit: _Unit) -> None:
         raise _GroupLost from unit.error
 
 
-class _Readers:
-    """A few threads, each with a connection of its own that cannot write."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="corral-read")
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self._connections: set[Connection] = set()
-
-    def submit(self, query: Callable[[Connection], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._pool, self._in_snapshot, query)
-
-    def _in_snapshot(self, query: Callable[[Connection], T]) -> T:
-        try:
-            connection = self._connected()
-            raw = driver(connection)
-            raw.control("BEGIN")
-            try:
-                return query(connection)
-            finally:
-                raw.rollback()
-        except StopIteration as error:
-            raise RuntimeError("StopIteration in a query") from error  # no future takes that one
-        except (sqlite3.Error, DBAPIError, NoTransaction) as error:
-            # Read-only is what this connection is: a query that writes is a mistake in the program.
-            if is_unavailable(error) and error_code(error) != sqlite3.SQLITE_READONLY:
-                self._disconnect()
-                raise StoreUnavailable(_CANNOT_READ) from error
-            raise
-
-    def _connected(self) -> Connection:
-        connection: Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = open_reader(self._engine)
-            with self._lock:
-                self._connections.add(connection)
-        return connection
-
-    def _disconnect(self) -> None:
-        connection: Connection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            self._local.connection = None
-            with self._lock:
-                self._connections.discard(connection)
-            dispose(connection)
-
-    def close(self) -> None:
-        """Wait for the queries that are on, then close the connections. Blocks."""
-        self._pool.shutdown(wait=True)
-        for connection in self._connections:
-            dispose(connection)
-        self._connections.clear()
-
-
 def _quick_check(connection: Connection) -> list[str]:
     try:
         found = [str(row[0]) for row in driver(connection).control("PRAGMA quick_check")]
@@ -307,7 +247,7 @@ class SqliteStore(Store):
         self._queue: SimpleQueue[_Unit | None] = SimpleQueue()
         self._waiting: set[_Unit] = set()
         self._listeners: list[Listener] = []
-        self._readers = _Readers(self._engine)
+        self._readers = Readers(self._engine, self._loop)
         self._closed = False
         self._opened: asyncio.Future[bool] = self._loop.create_future()
         self._stopped = asyncio.Event()
