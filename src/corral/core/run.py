@@ -176,7 +176,12 @@ class RunLoop:
 
     async def _context(self, state: Loaded) -> CallContext:
         """Where the run's tools work. Raises SandboxUnavailable for a cloud run without a sandbox host."""
-        context = await asyncio.to_thread(context_of, self._deps.options, state.run, state.session, state.policy)
+        known = (self._deps.options, state.run, state.session, state.policy)
+        if state.session.root is None:
+            # The workspace's own folder lies beside the database; a folder of a person's may lie anywhere.
+            context = context_of(*known)
+        else:
+            context = await asyncio.to_thread(context_of, *known)
         if context.runtime_mode == "cloud":
             await self._deps.executor.ready(context)
         return context
