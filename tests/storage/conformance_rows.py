@@ -11,13 +11,14 @@ from sqlalchemy.exc import IntegrityError
 
 from corral.storage.api import Store
 from corral.storage.repositories import Transaction
-from corral.storage.rows import IdempotencyRow, JournalEntry, RunRow, UsageRow
+from corral.storage.rows import IdempotencyRow, JournalEntry, RunRow, SessionRow, UsageRow
 from tests.storage.make import (
     NOW,
     A,
     B,
     agent,
     append,
+    append_changing,
     approval,
     audit,
     claim,
@@ -149,6 +150,24 @@ class RowsAndOrders:
             assert tx.sessions.get(A, "s_1") == session(state_version=2, updated_at=NOW + 2)
 
         await store.write(work)
+
+    async def test_an_append_may_change_its_session_with_the_statement_that_counts_it_up(self, store: Store) -> None:
+        def work(tx: Transaction) -> tuple[JournalEntry, SessionRow]:
+            tx.sessions.insert(session())
+            tx.sessions.insert(session("s_2"))
+            append(tx)
+            return append_changing(tx, {"status": "running", "active_run_id": "run_1"}, now_ms=NOW + 5)
+
+        entry, after = await store.write(work)
+        assert (entry.version, entry.workspace_id) == (2, "w_1")
+        assert after == session(state_version=2, updated_at=NOW + 5, status="running", active_run_id="run_1")
+        assert await store.read(lambda tx: tx.sessions.get(A, "s_1")) == after
+        assert await store.read(lambda tx: tx.sessions.get(A, "s_2")) == session("s_2")
+        assert (await store.read(lambda tx: tx.journal.after(A, "s_1", 1, 9))) == [entry]
+        with pytest.raises(KeyError):
+            await store.write(lambda tx: append_changing(tx, {"title": "x"}, "s_none"))
+        with pytest.raises(TypeError):
+            await store.write(lambda tx: append_changing(tx, {"id": "s_3"}))
 
     async def test_the_journal_is_read_from_either_end(self, store: Store) -> None:
         def work(tx: Transaction) -> None:
@@ -512,6 +531,7 @@ READS: dict[str, Callable[[Transaction, str], Any]] = {
     "journal.feed_head": lambda tx, t: tx.journal.feed_head(t, "w_1"),
     "journal.of_run": lambda tx, t: tx.journal.of_run(t, "s_1", "run_1"),
     "runs.get": lambda tx, t: [tx.runs.get(t, name) for name in ("run_1", "run_2")],
+    "runs.lease": lambda tx, t: [tx.runs.lease(t, name) for name in ("run_1", "run_2")],
     "messages.of_session": lambda tx, t: tx.messages.of_session(t, "s_1"),
     "tool_runs.get": lambda tx, t: tx.tool_runs.get(t, "call_1"),
     "tool_runs.of_run": lambda tx, t: tx.tool_runs.of_run(t, "run_1"),
@@ -559,6 +579,7 @@ CHANGES: dict[str, Callable[[Transaction], Any]] = {
     "sessions.delete": lambda tx: tx.sessions.delete(A, "s_1"),
     "sessions.insert": lambda tx: tx.sessions.insert(session("s_2")),
     "journal.append": lambda tx: append(tx, run_id="run_1"),
+    "journal.append_changing": lambda tx: append_changing(tx, {"title": "changed"}),
     "runs.insert": lambda tx: tx.runs.insert(run("run_2")),
     "runs.update": lambda tx: tx.runs.update(A, "run_1", status="failed"),
     "runs.update fenced": lambda tx: tx.runs.update(A, "run_1", epoch=1, status="failed"),
@@ -655,6 +676,20 @@ class TenantsApart:
             return tx.usage.of_session(A, "s_1", 2)
 
         assert await store.write(work) == UsageRow(scope="session:s_1", day=2, steps=4, tokens=30, cost_usd=0.5)
+
+    async def test_usage_of_several_scopes_is_added_to_each_of_them(self, store: Store) -> None:
+        def work(tx: Transaction) -> list[UsageRow]:
+            used = [UsageRow(scope=scope, day=1, steps=1, tokens=number, cost_usd=0.25) for number, scope in scopes]
+            tx.usage.add(A, *used)
+            tx.usage.add(A, *used[1:])
+            return [tx.usage.taken(A, scope, 1) for _, scope in scopes]
+
+        scopes = [(1, "tenant"), (20, "workspace"), (300, "agent")]
+        assert await store.write(work) == [
+            UsageRow(scope="tenant", day=1, steps=1, tokens=1, cost_usd=0.25),
+            UsageRow(scope="workspace", day=1, steps=2, tokens=40, cost_usd=0.5),
+            UsageRow(scope="agent", day=1, steps=2, tokens=600, cost_usd=0.5),
+        ]
 
     async def test_usage_and_reservations_of_another_tenant_scope_and_day_are_not_counted(self, store: Store) -> None:
         def work(tx: Transaction) -> list[UsageRow]:

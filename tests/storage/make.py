@@ -229,3 +229,13 @@ def append(
     """Append one entry; its payload names the tenant and the session."""
     values: dict[str, Any] = {"payload": f'{{"of":"{tenant_id}/{session_id}"}}'.encode(), "run_id": None, "now_ms": NOW}
     return tx.journal.append(tenant_id, session_id, event, **(values | fields))
+
+
+def append_changing(
+    tx: Transaction, changes: dict[str, Any], session_id: str = "s_1", *, now_ms: int = NOW
+) -> tuple[JournalEntry, SessionRow]:
+    """Append one entry of tenant A, changing its session."""
+    payload = f'{{"of":"{A}/{session_id}"}}'.encode()
+    return tx.journal.append_changing(
+        A, session_id, "agent.message", payload, run_id=None, now_ms=now_ms, changes=changes
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import UNSET, Struct
@@ -18,7 +19,7 @@ from corral.protocol.errors import ErrorCode
 from corral.protocol.events import AgentCompleted, AgentFailed
 from corral.protocol.methods import AgentAbortResult
 from corral.protocol.types import RunStatus, SessionStatus, Wire
-from corral.storage.events import append
+from corral.storage.events import append, append_changing
 from corral.storage.repositories import Transaction
 from corral.storage.rows import MessageRow, RunRow, ToolRunRow
 
@@ -48,7 +49,14 @@ def aborted(leftover: list[str]) -> Ending:
     return Ending(status=RunStatus.ABORTED, code=ErrorCode.ABORTED, message="the run was aborted", leftover=leftover)
 
 
-def end_run(tx: Transaction, deps: Deps, run: RunRow, ending: Ending, now_ms: int) -> AgentAbortResult:
+def end_run(
+    tx: Transaction,
+    deps: Deps,
+    run: RunRow,
+    ending: Ending,
+    now_ms: int,
+    settled: Mapping[str, Any] | None = None,
+) -> AgentAbortResult:
     """End a run that is not terminal, in the caller's transaction, whose lease check has passed.
 
     What waits for a person is cancelled and calls without a result get `interrupted`; then
@@ -56,14 +64,20 @@ def end_run(tx: Transaction, deps: Deps, run: RunRow, ending: Ending, now_ms: in
     let go, the run is counted; the session is idle, a queued
     mode is applied, and calls of `agent.abort` that waited have their answer, which is also
     returned.
+
+    `settled`: the columns of the run that its last step changes, where this same transaction has
+    settled that step; they are set here.
     """
-    deps.approvals.cancel_of_run(tx, run, now_ms)
-    release(tx, run)
     calls = tx.tool_runs.of_run(run.tenant_id, run.id)
+    if calls:
+        # An approval is of one of them.
+        deps.approvals.cancel_of_run(tx, run, now_ms)
+    if settled is None:
+        release(tx, run)
     for call in calls:
         if call.state != "finished":
             record_result(tx, deps.audit, run, call, interrupted(call), now_ms)
-    changes: dict[str, Any] = {"status": str(ending.status), "finished_at": now_ms}
+    changes: dict[str, Any] = {**(settled or {}), "status": str(ending.status), "finished_at": now_ms}
     event: Wire
     if ending.status is RunStatus.COMPLETED:
         changes["output"] = ending.output
@@ -83,13 +97,12 @@ def end_run(tx: Transaction, deps: Deps, run: RunRow, ending: Ending, now_ms: in
             message=ending.message,
             retryable=ending.retryable,
         )
-    append(tx, run.tenant_id, event, now_ms)
+    idle = {"status": str(SessionStatus.IDLE), "active_run_id": None}
+    _entry, session = append_changing(tx, run.tenant_id, event, now_ms, idle)
     tx.runs.update(run.tenant_id, run.id, lease_expires_at=None, waiting_since=None, **changes)
     tx.metrics.add(run_fact(run, str(ending.status), ending.code, calls, now_ms))
     _record_end(tx, deps.audit, run, ending)
-    tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.IDLE), active_run_id=None)
-    session = tx.sessions.get(run.tenant_id, run.session_id)
-    if session is not None and session.queued_runtime_mode is not None:
+    if session.queued_runtime_mode is not None:
         apply_mode(tx, session, session.queued_runtime_mode, now_ms)
     answer = AgentAbortResult(
         run_id=run.id, status=str(ending.status), leftover=list(ending.leftover) if ending.leftover else UNSET

@@ -43,7 +43,7 @@ from corral.protocol.errors import CorralError, ErrorCode, InternalError, Policy
 from corral.protocol.events import AgentMessage
 from corral.protocol.methods import AgentAbortResult
 from corral.protocol.types import Usage
-from corral.storage.events import append
+from corral.storage.events import append, append_changing
 from corral.storage.repositories import Transaction
 from corral.storage.rows import ApprovalRow, MessageRow, RunRow, ToolRunRow
 from corral.tracing import Record, Stopwatch
@@ -186,16 +186,17 @@ class ModelStep:
         used = min(1.0, (finished.usage.input_tokens + finished.usage.output_tokens) / window)
 
         def unit(tx: Transaction) -> _Journalled:
-            entry = append(tx, run.tenant_id, _message_event(run, message_id, message.text, finished), now)
+            event = _message_event(run, message_id, message.text, finished)
+            entry, _session = append_changing(tx, run.tenant_id, event, now, {"context_usage": used})
             tx.messages.insert(_transcript_row(run, entry.version, message, now))
-            tx.sessions.update(run.tenant_id, run.session_id, context_usage=used)
-            tx.runs.update(run.tenant_id, run.id, **_counts(run))
+            if calls:
+                tx.runs.update(run.tenant_id, run.id, **_counts(run))
             settle(tx, run, day, finished.usage.input_tokens + finished.usage.output_tokens, finished.usage.cost_usd)
             rulings = self._rulings(tx, run, context, candidates, questions)
             done = self._journal_calls(tx, run, rulings, now)
             done.version = entry.version
             if not calls:
-                done.answer = end_run(tx, self._deps, run, completed(message.text), now)
+                done.answer = end_run(tx, self._deps, run, completed(message.text), now, _counts(run))
             elif done.open_calls and all(call.id in done.approvals for call in done.open_calls):
                 # In this commit, so that who hears of the question never finds the run still running.
                 park(tx, run, now)

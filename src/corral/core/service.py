@@ -31,7 +31,7 @@ from corral.protocol.events import AgentAccepted, AgentResumed
 from corral.protocol.methods import AgentAbortParams, AgentAbortResult, AgentRunParams, AgentRunResult
 from corral.protocol.types import ApprovalStatus, ImagePart, Input, RunStatus, SessionStatus
 from corral.storage.api import StoreUnavailable
-from corral.storage.events import append
+from corral.storage.events import append, append_changing
 from corral.storage.repositories import Transaction
 from corral.storage.rows import JournalEntry, MessageRow, RunRow, SessionRow
 
@@ -116,7 +116,7 @@ class CoreService:
         """Journal the run as accepted, with its session if there is none yet. It does not run yet."""
         caller, params = prepared.caller, prepared.params
         now = self._deps.clock.now_ms()
-        session = self._session_for(tx, prepared, now)
+        session, busy = self._session_for(tx, prepared, now)
         agent_id = session.agent_id
         if params.agent_id is not UNSET:
             agent_id = require_agent(tx, caller, params.agent_id)
@@ -148,7 +148,7 @@ class CoreService:
             runtime_mode=session.runtime_mode,  # type: ignore[arg-type]
             input=params.input,
         )
-        entry = append(tx, caller.tenant_id, accepted, now)
+        entry, _session = append_changing(tx, caller.tenant_id, accepted, now, busy)
         tx.messages.insert(
             MessageRow(
                 tenant_id=caller.tenant_id,
@@ -168,8 +168,8 @@ class CoreService:
             tx, caller, action, "run", run.id, metadata=metadata, session_id=run.session_id, run_id=run.id
         )
 
-    def _session_for(self, tx: Transaction, prepared: PreparedRun, now: int) -> SessionRow:
-        """The run's session, made if it is new, marked as running this run."""
+    def _session_for(self, tx: Transaction, prepared: PreparedRun, now: int) -> tuple[SessionRow, dict[str, Any]]:
+        """The run's session, made if it is new, and what is to be changed in it for it to be running this run."""
         caller, params = prepared.caller, prepared.params
         text = input_text(msgspec.to_builtins(params.input))
         session = tx.sessions.get(caller.tenant_id, prepared.session_id)
@@ -182,7 +182,7 @@ class CoreService:
                 row.runtime_mode = params.runtime_mode
             tx.sessions.insert(row)
             self._sessions.record(tx, caller, row, "session.create", {"title": row.title, "byRun": prepared.run_id})
-            return append_session_updated(tx, row, "created", now)
+            return append_session_updated(tx, row, "created", now), {}
         if not may_see(caller, session):
             raise NotFound("there is no such session: $.params.sessionId names none that you may see")
         if session.active_run_id is not None:
@@ -194,8 +194,7 @@ class CoreService:
             session = apply_mode(tx, session, params.runtime_mode, now)
         if not session.title:
             busy["title"] = cut_title(text)
-        tx.sessions.update(session.tenant_id, session.id, **busy)
-        return msgspec.structs.replace(session, **busy)
+        return session, busy
 
     def _model_for(
         self, tx: Transaction, workspace_id: str, agent_id: str, params: AgentRunParams, tenant_id: str

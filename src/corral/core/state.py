@@ -172,8 +172,8 @@ class Fence:
         """
 
         def fenced(tx: Transaction) -> T:
-            run = tx.runs.get(self._tenant_id, self._run_id)
-            if run is None or run.lease_epoch != self._epoch or RunStatus(run.status).terminal:
+            epoch, status = tx.runs.lease(self._tenant_id, self._run_id) or (None, "")
+            if epoch != self._epoch or RunStatus(status).terminal:
                 raise LeaseLost
             return unit(tx)
 

@@ -75,7 +75,7 @@ class RunMethods:
 
         def work(tx: Transaction) -> AgentRunResult:
             result = self._runs.accept(tx, prepared)
-            accepted_at[:] = [self._runs.accepted_version(tx, caller.tenant_id, result.run_id)]
+            accepted_at[:] = [entry.version for entry in tx.appended if entry.event == "agent.accepted"]
             return result
 
         def on_commit(done: Performed) -> None:

@@ -124,10 +124,9 @@ def _cost(call: Call, output_tokens: int) -> float | None:
 
 def settle(tx: Transaction, run: RunRow, day: int, tokens: int, cost_usd: float | None) -> None:
     """Count a step that was made, in the transaction of its message, and let its reservation go."""
-    for layer in _LAYERS:
-        scope = scope_key(run.tenant_id, run.workspace_id, layer, run.agent_id)
-        used = UsageRow(scope=scope, day=day, steps=1, tokens=tokens, cost_usd=cost_usd or 0.0)
-        tx.usage.add(run.tenant_id, used)
+    scopes = [scope_key(run.tenant_id, run.workspace_id, layer, run.agent_id) for layer in _LAYERS]
+    used = [UsageRow(scope=scope, day=day, steps=1, tokens=tokens, cost_usd=cost_usd or 0.0) for scope in scopes]
+    tx.usage.add(run.tenant_id, *used)
     tx.usage.release(run.tenant_id, run.id)
 
 

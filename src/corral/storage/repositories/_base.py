@@ -19,10 +19,12 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.sql.dml import UpdateBase
 
 from corral.storage.repositories._fast import Rows, Statements
 
 R = TypeVar("R", bound=Struct)
+U = TypeVar("U", bound=UpdateBase)
 
 
 class Shape(Generic[R]):
@@ -68,9 +70,9 @@ def bound(name: str, column: ColumnElement[Any]) -> Any:
 
 
 @lru_cache(maxsize=512)
-def changing(statement: Update, names: frozenset[str]) -> Update:
+def changing(statement: U, names: frozenset[str]) -> U:
     """`statement` setting the columns `names` from parameters of the same names, built once for each set."""
-    return statement.values({name: bindparam(f"v_{name}") for name in names})
+    return statement.values({name: bindparam(f"v_{name}") for name in names})  # type: ignore[no-any-return, attr-defined]
 
 
 def check_changes(table: Table, changes: Mapping[str, Any]) -> dict[str, Any]:

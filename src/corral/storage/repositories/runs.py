@@ -29,6 +29,7 @@ _o = t.outputs.c
 
 _INSERT_RUN = insert(t.runs)
 _GET_RUN = _RUN.select().where(is_(_r.tenant_id), is_(_r.id))
+_GET_LEASE = select(_r.lease_epoch, _r.status).where(is_(_r.tenant_id), is_(_r.id))
 _UPDATE_RUN = update_of(t.runs, is_(_r.tenant_id), is_(_r.id))
 _UPDATE_RUN_FENCED = _UPDATE_RUN.where(_r.lease_epoch == bound("epoch", _r.lease_epoch))
 _UNFINISHED = (
@@ -80,6 +81,11 @@ class Runs(Repository):
 
     def get(self, tenant_id: str, run_id: str) -> RunRow | None:
         return _RUN.one(self._connection.execute(_GET_RUN, {"b_tenant_id": tenant_id, "b_id": run_id}))
+
+    def lease(self, tenant_id: str, run_id: str) -> tuple[int, str] | None:
+        """The run's lease_epoch and status: what a fence looks at, without the rest of the row."""
+        row = self._connection.execute(_GET_LEASE, {"b_tenant_id": tenant_id, "b_id": run_id}).one_or_none()
+        return None if row is None else (row[0], row[1])
 
     def update(self, tenant_id: str, run_id: str, *, epoch: int | None = None, **changes: Any) -> bool:
         """Set columns; with `epoch` only if the row's lease_epoch still is that. Says if it did.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import bindparam, delete, func, insert, or_, select, tuple_, update
@@ -118,12 +119,13 @@ class Sessions(Repository):
         return sorted(rows.values(), key=lambda row: (row.created_at, row.id), reverse=True)[:limit]
 
 
-_NEXT_VERSION = (
+_COUNT_UP = (
     update(t.sessions)
     .where(is_(_s.tenant_id), is_(_s.id))
     .values(state_version=_s.state_version + 1, updated_at=bindparam("v_now"))
-    .returning(_s.state_version, _s.workspace_id)
 )
+_NEXT_VERSION = _COUNT_UP.returning(_s.state_version, _s.workspace_id)
+_NEXT_VERSION_CHANGED = _COUNT_UP.returning(*_SESSION.columns)
 _APPEND = (
     insert(t.journal).values({c.key: bindparam(f"v_{c.key}") for c in _j if c is not _j.feed_id}).returning(_j.feed_id)
 )
@@ -164,6 +166,44 @@ class Journal(Repository):
         if head is None:
             raise KeyError(session_id)
         version, workspace_id = head
+        return self._insert(tenant_id, workspace_id, session_id, version, event, payload, run_id, now_ms)
+
+    def append_changing(
+        self,
+        tenant_id: str,
+        session_id: str,
+        event: str,
+        payload: bytes,
+        *,
+        run_id: str | None,
+        now_ms: int,
+        changes: Mapping[str, Any],
+    ) -> tuple[JournalEntry, SessionRow]:
+        """`append`, and with the same statement that counts the version up `Sessions.update`; the session after it.
+
+        Raises KeyError if there is no such session, TypeError for a name that is no column to change.
+        """
+        values = check_changes(t.sessions, changes) | {"b_tenant_id": tenant_id, "b_id": session_id, "v_now": now_ms}
+        statement = changing(_NEXT_VERSION_CHANGED, frozenset(changes))
+        session = _SESSION.one(self._connection.execute(statement, values))
+        if session is None:
+            raise KeyError(session_id)
+        entry = self._insert(
+            tenant_id, session.workspace_id, session_id, session.state_version, event, payload, run_id, now_ms
+        )
+        return entry, session
+
+    def _insert(
+        self,
+        tenant_id: str,
+        workspace_id: str,
+        session_id: str,
+        version: int,
+        event: str,
+        payload: bytes,
+        run_id: str | None,
+        now_ms: int,
+    ) -> JournalEntry:
         feed_id = self._connection.execute(
             _APPEND,
             {

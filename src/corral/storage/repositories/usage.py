@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import asdict
@@ -36,21 +36,29 @@ _r = t.runs.c
 
 
 class _Adding(Upsert):
-    """Insert a row; where its key is taken, add the other columns to that row's. Gives the columns `returning`."""
+    """Insert rows; where the key of one is taken, add its other columns to that row's. Gives the columns `returning`.
 
-    def __init__(self, table: Table, *returning: ColumnElement[Any]) -> None:
+    One statement for `rows` of them, no two with one key. The values of the first are bound as `v_<column>`,
+    of the next as `v1_<column>` and so on.
+    """
+
+    def __init__(self, table: Table, *returning: ColumnElement[Any], rows: int = 1) -> None:
         self._returning = returning
+        self._rows = rows
         super().__init__(table, replace=False)
 
     def _build(self, insert: Any) -> Insert:
         key = list(self._table.primary_key.columns)
-        values = {c.key: bindparam(f"v_{c.key}", type_=c.type) for c in self._table.c}
+        values = [
+            {c.key: bindparam(f"v{number or ''}_{c.key}", type_=c.type) for c in self._table.c}
+            for number in range(self._rows)
+        ]
         sums = {c.key: c + insert.excluded[c.key] for c in self._table.c if not c.primary_key}
         built: Any = insert.values(values).on_conflict_do_update(index_elements=key, set_=sums)
         return built.returning(*self._returning) if self._returning else built  # type: ignore[no-any-return]
 
 
-_ADD_DAY = _Adding(t.usage_days)
+_ADD_DAYS = {rows: _Adding(t.usage_days, rows=rows) for rows in (1, 2, 3)}
 _LOCK_DAY = _Adding(t.usage_days, _d.steps, _d.tokens, _d.cost_usd)
 _HELD = select(
     func.coalesce(func.sum(_v.steps), 0),
@@ -74,9 +82,10 @@ _OF_SESSION = select(
 class Usage(Repository):
     """Counters of what is used up on a day within a scope, and the reservations of calls that are under way."""
 
-    def add(self, tenant_id: str, used: UsageRow) -> None:
-        """Add to the counter of the scope and day."""
-        _ADD_DAY.execute(self._connection, {"v_tenant_id": tenant_id, **_bound(used)})
+    def add(self, tenant_id: str, *used: UsageRow) -> None:
+        """Add to the counters of up to three scopes and days, each another."""
+        values = [{"tenant_id": tenant_id, **asdict(row)} for row in used]
+        _ADD_DAYS[len(used)].execute(self._connection, _numbered(values))
 
     def taken(self, tenant_id: str, scope: str, day: int) -> UsageRow:
         """What is used up and what is reserved, together.
@@ -110,13 +119,18 @@ class Usage(Repository):
         return [UsageRow(scope=row[0], day=row[1], steps=row[2], tokens=row[3], cost_usd=row[4]) for row in rows]
 
 
+def _numbered(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of several rows under the names by which `_Adding` binds them."""
+    return {f"v{number or ''}_{name}": value for number, row in enumerate(rows) for name, value in row.items()}
+
+
 def _bound(row: UsageRow) -> dict[str, Any]:
     return {f"v_{name}": value for name, value in asdict(row).items()}
 
 
 _INSERT_FACT = insert(t.run_facts).values({c.key: bindparam(f"v_{c.key}") for c in t.run_facts.c})
 _ADD_HOUR = _Adding(t.run_hours)
-_ADD_COUNT = _Adding(t.run_hour_counts)
+_ADD_COUNTS = {rows: _Adding(t.run_hour_counts, rows=rows) for rows in (2, 3)}
 
 
 def _of_agent(statement: Select[Any], column: ColumnElement[Any]) -> dict[bool, Select[Any]]:
@@ -181,11 +195,11 @@ class Metrics(Repository):
         """Keep the facts of a run that ends and add them to its hour. Raises the driver's IntegrityError
         if they are kept already."""
         self._fact(fact)
-        hour = {
-            "v_tenant_id": fact.tenant_id,
-            "v_workspace_id": fact.workspace_id,
-            "v_agent_id": fact.agent_id,
-            "v_hour": fact.finished_at // HOUR_MS,
+        hour: dict[str, Any] = {
+            "tenant_id": fact.tenant_id,
+            "workspace_id": fact.workspace_id,
+            "agent_id": fact.agent_id,
+            "hour": fact.finished_at // HOUR_MS,
         }
         sums = RunSums(
             completed=int(fact.status == "completed"),
@@ -198,13 +212,13 @@ class Metrics(Repository):
             cost_usd=fact.cost_usd or 0.0,
             priced=int(fact.cost_usd is not None),
         )
-        _ADD_HOUR.execute(self._connection, hour | {f"v_{name}": value for name, value in asdict(sums).items()})
-        one = {**hour, "v_count": 1}
+        _ADD_HOUR.execute(self._connection, _numbered([hour | asdict(sums)]))
+        one = {**hour, "count": 1}
         name, day = str(fact.bucket), fact.finished_at // DAY_MS
-        _ADD_COUNT.execute(self._connection, {**one, "v_kind": "latency", "v_name": name})
-        _ADD_COUNT.execute(self._connection, {**one, "v_kind": "latency-day", "v_hour": day, "v_name": name})
+        counts = [{**one, "kind": "latency", "name": name}, {**one, "kind": "latency-day", "hour": day, "name": name}]
         if fact.status == "failed":
-            _ADD_COUNT.execute(self._connection, {**one, "v_kind": "failure", "v_name": fact.code})
+            counts.append({**one, "kind": "failure", "name": fact.code})
+        _ADD_COUNTS[len(counts)].execute(self._connection, _numbered(counts))
 
     def _fact(self, fact: RunFact) -> None:
         self._connection.execute(_INSERT_FACT, {f"v_{name}": value for name, value in asdict(fact).items()})
