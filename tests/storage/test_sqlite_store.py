@@ -19,7 +19,7 @@ from corral.storage.api import StoreUnavailable, Work
 from corral.storage.repositories import Transaction
 from corral.storage.rows import JournalEntry
 from corral.storage.sqlite import SqliteStore
-from tests.storage.make import A, FixedClock, append, session
+from tests.storage.make import A, FixedClock, append, audit, session
 
 
 def modes(directory: Path) -> dict[str, int]:
@@ -132,6 +132,37 @@ async def test_a_unit_alone_in_its_group_that_fails_after_a_change_is_not_run_ag
         assert [type(result) for result in results] == [Oops]
         assert control == ["BEGIN IMMEDIATE", "ROLLBACK"]
         assert await store.write(version_after) == 1
+    finally:
+        await store.close()
+
+
+def record(tx: Transaction) -> tuple[int, str]:
+    head = tx.audit.head(A)
+    number = 1 if head is None else head.id + 1
+    row = audit(number, prev_hash="first" if head is None else head.hash, hash=f"hash of {number}")
+    tx.audit.append(row)
+    return number, row.prev_hash
+
+
+def record_and_fail(tx: Transaction) -> None:
+    record(tx)
+    raise Oops
+
+
+async def test_the_audit_chain_goes_on_from_unit_to_unit_of_a_group_without_what_was_undone(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "corral.db")
+    try:
+        assert await store.write(record) == (1, "first")
+        results, _ = await carried_out_together(store, record, record)
+        assert results == [(2, "hash of 1"), (3, "hash of 2")]
+        results, _ = await carried_out_together(store, record, record_and_fail, record)
+        assert [results[0], results[2]] == [(4, "hash of 3"), (5, "hash of 4")]
+        assert await store.write(record) == (6, "hash of 5")
+        assert await store.write(lambda tx: [record(tx), tx.audit.delete_through(A, 7), record(tx)]) == [
+            (7, "hash of 6"),
+            7,
+            (1, "first"),
+        ]
     finally:
         await store.close()
 

@@ -36,7 +36,7 @@ from corral.storage._sqlite_connections import (
 )
 from corral.storage._sqlite_readers import Readers
 from corral.storage.api import Listener, Store, StoreUnavailable, Work
-from corral.storage.repositories import Transaction
+from corral.storage.repositories import AuditHead, Transaction
 from corral.storage.rows import JournalEntry
 from corral.storage.schema import SchemaRefused, prepare
 
@@ -123,7 +123,7 @@ class _Writer:
                 unit.error = StoreUnavailable(_CANNOT_WRITE)
                 unit.error.__cause__ = lost.__cause__
 
-    def _attempt(self, units: Sequence[_Unit], run: Callable[[Connection, Driver, _Unit], None]) -> None:
+    def _attempt(self, units: Sequence[_Unit], run: Callable[[_Group, _Unit], None]) -> None:
         """One transaction for `units`.
 
         Raises _GroupLost, with what SQLite said as its cause, and what `run` raises; nothing is changed then.
@@ -132,8 +132,9 @@ class _Writer:
             connection = self._connected()
             raw = driver(connection)
             raw.control("BEGIN IMMEDIATE")
+            group = _Group(connection, raw)
             for unit in units:
-                run(connection, raw, unit)
+                run(group, unit)
             raw.control("COMMIT")
         except _UnitToUndo:
             self._recover(None, keep=True)
@@ -190,28 +191,38 @@ class _Writer:
         self.abandon()
 
 
-def _run_bare(connection: Connection, raw: Driver, unit: _Unit) -> None:
+@dataclass(slots=True)
+class _Group:
+    """The one transaction of several units, and what they know in common."""
+
+    connection: Connection
+    raw: Driver
+    heads: dict[str, AuditHead] = field(default_factory=dict)
+
+
+def _run_bare(group: _Group, unit: _Unit) -> None:
     """Run a unit without a savepoint, two statements less.
 
     Most that raise have only read by then: nothing is to be undone. Raises _UnitToUndo for one that has not.
     """
-    before = raw.total_changes
-    _run(connection, raw, unit)
-    if unit.error is not None and raw.total_changes != before:
+    before = group.raw.total_changes
+    _run(group, unit)
+    if unit.error is not None and group.raw.total_changes != before:
         raise _UnitToUndo
 
 
-def _run_in_savepoint(connection: Connection, raw: Driver, unit: _Unit) -> None:
-    raw.control("SAVEPOINT unit")
-    _run(connection, raw, unit)
+def _run_in_savepoint(group: _Group, unit: _Unit) -> None:
+    group.raw.control("SAVEPOINT unit")
+    _run(group, unit)
     if unit.error is not None:
-        raw.control("ROLLBACK TO unit")
-    raw.control("RELEASE unit")
+        group.raw.control("ROLLBACK TO unit")
+        group.heads.clear()
+    group.raw.control("RELEASE unit")
 
 
-def _run(connection: Connection, raw: Driver, unit: _Unit) -> None:
+def _run(group: _Group, unit: _Unit) -> None:
     """The unit's work; what it returned or raised is left in it. Raises _GroupLost."""
-    transaction = Transaction(connection)
+    transaction = Transaction(group.connection, group.heads)
     unit.result, unit.entries, unit.error = None, (), None
     try:
         unit.result = unit.work(transaction)
@@ -221,7 +232,7 @@ def _run(connection: Connection, raw: Driver, unit: _Unit) -> None:
             raise _GroupLost from error
         unit.error = error
     # SQLite ends the whole transaction by itself on some errors, of which a unit may take no notice.
-    if not raw.in_transaction:
+    if not group.raw.in_transaction:
         raise _GroupLost from unit.error
 
 

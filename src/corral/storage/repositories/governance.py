@@ -23,6 +23,7 @@ from corral.storage.repositories._base import (
     is_,
     update_of,
 )
+from corral.storage.repositories._fast import Statements
 from corral.storage.rows import ApprovalRow, AuditRow, GrantRow
 
 _APPROVAL = Shape(ApprovalRow, t.approvals)
@@ -293,18 +294,33 @@ _FIRST_TIME, _LAST_TIME = "", "~"
 
 
 class Audit(Repository):
-    """The audit log. What a record says, and that the records make a chain, is governance's."""
+    """The audit log. What a record says, and that the records make a chain, is governance's.
+
+    `heads` are the chains' ends as this transaction has read or written them, by tenant: nobody else can
+    move them before it ends.
+    """
+
+    def __init__(self, connection: Statements, heads: dict[str, AuditHead]) -> None:
+        super().__init__(connection)
+        self._heads = heads
 
     def append(self, row: AuditRow) -> None:
         """Raises the driver's own IntegrityError if the tenant has a record with this id."""
         values = {f"v_{name}": getattr(row, name) for name in _COLUMNS}
         values["v_metadata"] = msgspec.json.encode(row.metadata, order="sorted").decode()
         self._connection.execute(_APPEND, values)
+        known = self._heads.get(row.tenant_id)
+        if known is not None and known.id < row.id:
+            self._heads[row.tenant_id] = AuditHead(id=row.id, hash=row.hash)
 
     def head(self, tenant_id: str) -> AuditHead | None:
         """The record with the greatest id."""
-        row = self._connection.execute(_HEAD, {"b_tenant_id": tenant_id}).one_or_none()
-        return None if row is None else AuditHead(id=int(row[0]), hash=row[1])
+        head = self._heads.get(tenant_id)
+        if head is None:
+            row = self._connection.execute(_HEAD, {"b_tenant_id": tenant_id}).one_or_none()
+            if row is not None:
+                head = self._heads[tenant_id] = AuditHead(id=int(row[0]), hash=row[1])
+        return head
 
     def get(self, tenant_id: str, record_id: int) -> AuditRow | None:
         row = self._connection.execute(_GET_RECORD, {"b_tenant_id": tenant_id, "b_id": record_id}).one_or_none()
@@ -394,6 +410,7 @@ class Audit(Repository):
 
     def delete_through(self, tenant_id: str, record_id: int) -> int:
         """Delete the records up to this id; how many. For retention, which notes where the chain then begins."""
+        self._heads.pop(tenant_id, None)
         return self._connection.execute(_DELETE_THROUGH, {"b_tenant_id": tenant_id, "b_id": record_id}).rowcount
 
 
