@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Generic, TypeVar
 
 from msgspec import Struct
@@ -77,10 +77,17 @@ def changing(statement: U, names: frozenset[str]) -> U:
 
 def check_changes(table: Table, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters for `changing`. Raises TypeError for a name that is no column that may change."""
+    changeable = _changeable(table)
     for name in changes:
-        if name not in table.c or name in table.primary_key.columns:
+        if name not in changeable:
             raise TypeError(f"{table.name} has no column {name!r} to update")
     return {f"v_{name}": value for name, value in changes.items()}
+
+
+@cache
+def _changeable(table: Table) -> frozenset[str]:
+    """What may be updated. Each update asks, and SQLAlchemy's own collections are slow to answer."""
+    return frozenset(column.key for column in table.c if not column.primary_key)
 
 
 def update_of(table: Table, *where: ColumnElement[bool]) -> Update:

@@ -57,7 +57,7 @@ class Rows:
 class _Compiled:
     """A statement for one kind of database, with the names of the values that it is run with."""
 
-    __slots__ = ("constants", "into", "order", "out", "statement", "text")
+    __slots__ = ("constants", "into", "order", "out", "statement", "text", "unasked")
 
     def __init__(self, statement: Executable, names: list[str], dialect: Dialect) -> None:
         self.statement = statement  # kept alive: it is found by its identity
@@ -66,6 +66,9 @@ class _Compiled:
         if not isinstance(sql, SQLCompiler) or sql.post_compile_params or sql.prefetch:
             raise TypeError(f"not a statement that runs on the bare cursor: {sql}")
         self.text = str(sql)
+        # sqlite3 asks for the last row's id after each `execute`, letting go of the interpreter's lock for it,
+        # and after no `executemany`, which serves a statement that gives no rows as well.
+        self.unasked = dialect.name == "sqlite" and _gives_no_rows(sql)
         self.order = sql.positiontup
         self.constants = dict(sql.params)
         self.into = {
@@ -87,6 +90,10 @@ class _Compiled:
         for place, convert in self.out:
             cells[place] = convert(cells[place])
         return cells
+
+
+def _gives_no_rows(sql: SQLCompiler) -> bool:
+    return (sql.isinsert or sql.isupdate or sql.isdelete) and not sql.effective_returning
 
 
 _compiled: dict[tuple[str, int, tuple[str, ...]], _Compiled] = {}
@@ -116,6 +123,9 @@ class Statements:
             compiled = _compiled[key] = _Compiled(statement, list(values), self._dialect)
         cursor = self._cursor()
         try:
+            if compiled.unasked:
+                cursor.executemany(compiled.text, (compiled.values(values),))
+                return Rows([], cursor.rowcount)
             cursor.execute(compiled.text, compiled.values(values))
             # A cursor without a description gives no rows; asking it for some is an error in some drivers.
             rows = cursor.fetchall() if cursor.description is not None else []
