@@ -91,7 +91,8 @@ def load(tx: Transaction, tenant_id: str, run_id: str) -> Loaded:
     if run is None or session is None or RunStatus(run.status).terminal:
         raise LeaseLost
     rows = tx.messages.of_session(tenant_id, session.id)
-    open_calls, approvals = open_calls_of(tx, run)
+    # The calls of a message are written with the step that it is.
+    open_calls, approvals = open_calls_of(tx, run) if run.steps else ([], {})
     return Loaded(
         run=run,
         session=session,
