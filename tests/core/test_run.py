@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from corral.storage._sqlite_connections import driver
 from tests.core.conftest import Open, allow
 from tests.support import needs
 from tests.support.house import House, house
@@ -55,6 +56,24 @@ async def test_a_run_of_several_tool_steps_is_told_in_the_order_of_the_contract(
         assert (done["output"], done["steps"]) == ("All done.", 3)
         assert done["usage"] == {"inputTokens": 300, "outputTokens": 30, "costUsd": None}
         assert (workspace(home) / "a.txt").read_text() == "alpha"
+
+
+async def test_a_turn_updates_its_session_once_for_each_event_and_its_run_once(open_house: Open) -> None:
+    async with open_house(conversation([Say("done")])) as home:
+        await finished(home, sessionId="s1")
+        statements: list[str] = []
+        await home.server.store.write(
+            lambda tx: driver(tx.sessions._connection._connection).set_trace_callback(statements.append)
+        )
+        events = await finished(home, sessionId="s1")
+        assert [event["event"] for event in events] == ["agent.accepted", "agent.message", "agent.completed"]
+        # The house writes other things too, in its own time.
+        sessions = [sql for sql in statements if sql.startswith("UPDATE sessions") and "'s1'" in sql]
+        assert len(sessions) == 3
+        run = f"'{events[0]['payload']['runId']}'"
+        assert len([sql for sql in statements if sql.startswith("UPDATE runs") and run in sql]) == 1
+        assert len([sql for sql in statements if sql.startswith("INSERT INTO usage_days")]) == 1
+        assert not [sql for sql in statements if sql.startswith("SAVEPOINT")]
 
 
 async def test_the_model_gets_the_results_of_its_calls(open_house: Open) -> None:
