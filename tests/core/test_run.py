@@ -326,3 +326,14 @@ async def test_an_end_between_the_look_at_a_run_and_the_wait_for_it_is_not_misse
         async with asyncio.timeout(40):
             await core.wait_run("t_default", run["runId"], 1000)
         assert core._ended == {}
+
+
+async def test_a_recovery_that_comes_upon_a_run_of_its_own_process_leaves_it_to_its_loop(open_house: Open) -> None:
+    script = [Say("Slowly said.", chunks=8, delay=0.1)]
+    async with open_house(script) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        await wire.event("agent.delta")
+        # As where the run was accepted, or a decision woke it, between recovery's look and its claim.
+        await home.server.core.continue_("t_default", run["runId"], steal=True)
+        await wire.event("agent.completed")
+        assert "agent.resumed" not in [frame["event"] for frame in wire.durable]

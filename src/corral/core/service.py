@@ -363,6 +363,10 @@ class CoreService:
     def _take_up(self, tx: Transaction, tenant_id: str, run_id: str, steal: bool) -> _TakenUp:
         now = self._deps.clock.now_ms()
         before = tx.runs.get(tenant_id, run_id)
+        if steal and before is not None and before.lease_owner == self._owner and before.lease_expires_at is not None:
+            # This very process has it: accepted, or woken by a decision, since recovery looked. To steal it from
+            # oneself is to fence off the loop that drives it.
+            return _TakenUp(number=None)
         epoch = tx.runs.claim(tenant_id, run_id, owner=self._owner, now_ms=now, expires_at=now + LEASE_MS, steal=steal)
         if before is None or epoch is None:
             return _TakenUp(number=None)
