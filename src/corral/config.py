@@ -23,7 +23,7 @@ from msgspec import Meta, Struct, field
 CONFIG_FILE = "corral.toml"
 MIN_TOKEN_LENGTH = 16
 
-_NOT_SETTINGS = frozenset({"CORRAL_URL", "CORRAL_CONFIG", "CORRAL_REQUIRE_ALL"})
+_NOT_SETTINGS = frozenset({"CORRAL_URL", "CORRAL_CONFIG", "CORRAL_REQUIRE_ALL", "CORRAL_FAULT"})
 """Variables with the prefix that say something to somebody else than `load_settings`."""
 
 Millis = Annotated[int, Meta(ge=1, le=7 * 24 * 3600 * 1000)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from corral import faults
 from corral.config import load_settings, read_endpoint, read_token
 from tests.support.invariants import Inspection
 
@@ -54,16 +55,17 @@ class Gateway:
         """All that it has written to standard error, over all its starts."""
         return (self.data_dir.parent / "gateway.log").read_text()
 
-    async def spawn(self, port: int = 0) -> asyncio.subprocess.Process:
-        """The process, without waiting until it listens."""
+    async def spawn(self, port: int = 0, *, fault: str | None = None) -> asyncio.subprocess.Process:
+        """The process, without waiting until it listens. `fault` is where it shall end by itself; see `corral.faults`."""
+        env = self._env if fault is None else {**self._env, faults.VARIABLE: fault}
         arguments = [*self._program, "--port", str(port), "--data-dir", str(self.data_dir), *self._arguments]
         with (self.data_dir.parent / "gateway.log").open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=self._env
+                sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=log, env=env
             )
 
-    async def start(self, port: int = 0) -> Gateway:
-        self._process = await self.spawn(port)
+    async def start(self, port: int = 0, *, fault: str | None = None) -> Gateway:
+        self._process = await self.spawn(port, fault=fault)
         assert self._process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT):
             self.first_line = (await self._process.stdout.readline()).decode()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import Any
 
 import click
 
+from corral import faults
 from corral.cli import FAILED, LOCKED, USAGE, CliError
 from corral.cli.common import data_dir_option, prepare_data_dir, settings_from
 from corral.cli.logs import log_to_stderr
 from corral.config import ConfigError, Settings, check_listen
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -48,11 +53,14 @@ def command(**flags: Any) -> int:
         settings = settings_from(flags)  # corral.toml may have come with it
     try:
         check_listen(settings)
-    except ConfigError as error:
+        fault = faults.arm(os.environ)
+    except (ConfigError, faults.FaultRefused) as error:
         raise CliError(str(error), code=USAGE) from None
     _check_models(settings)
     prepare_data_dir(settings)
     log_to_stderr(settings)
+    if fault is not None:
+        log.warning("this process will end at %s", fault, extra={"action": "fault.armed"})
     return _serve(settings)
 
 

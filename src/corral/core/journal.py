@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from corral import faults
 from corral.clock import rfc3339
 from corral.protocol.events import RuntimeModeChanged, SessionUpdated
 from corral.protocol.ready import look_through
@@ -31,6 +32,7 @@ def apply_mode(tx: Transaction, session: SessionRow, mode: str, now_ms: int) -> 
     tx.sessions.update(session.tenant_id, session.id, runtime_mode=mode, queued_runtime_mode=None)
     changed = RuntimeModeChanged(session_id=session.id, runtime_mode=mode, status="applied")  # type: ignore[arg-type]
     append(tx, session.tenant_id, changed, now_ms)
+    faults.reached("mode.applying", session.id)
     after = msgspec.structs.replace(
         session, runtime_mode=mode, queued_runtime_mode=None, state_version=session.state_version + 1
     )

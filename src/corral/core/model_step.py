@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from corral import faults
 from corral.bus.api import Delta
 from corral.core.calls import (
     CANNOT_RUN,
@@ -82,6 +83,7 @@ class ModelStep:
         """
         day = day_of(self._deps.clock.now_ms())
         finished, message_id = await self._ask(state, day)
+        faults.reached("model.end", state.run.session_id)
         return await self._journal(state, context, finished, message_id, day)
 
     # ---- asking
@@ -100,6 +102,7 @@ class ModelStep:
             request.max_output_tokens = await self._fence.commit(
                 lambda tx: reserve(tx, state.run, state.policy, call, day)
             )
+            faults.reached("model.reserved", state.run.session_id)
         if self._deps.record is None:
             return await self._stream(state, request, chain)
         return await self._traced(self._deps.record, state, request, chain)
@@ -130,6 +133,7 @@ class ModelStep:
                 if isinstance(event, TextDelta):
                     self._publish(state, message_id, offset, event.text)
                     offset += len(event.text)
+                    faults.reached("model.delta", state.run.session_id)
                 elif isinstance(event, Restarted):
                     message_id, offset = self._deps.ids.new("m"), 0
                 else:

@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec import structs
 
+from corral import faults
 from corral.core.ending import Ending, aborted, end_run, failed
 from corral.core.limits import limits_of
 from corral.core.model_step import ModelStep
@@ -110,6 +111,7 @@ class RunLoop:
                 raise
             task.uncancel()
         if self._aborting:
+            faults.reached("abort.killed")
             return aborted(self._deps.executor.leftover(self._run_id))
         return None
 
@@ -156,6 +158,7 @@ class RunLoop:
         def unit(tx: Transaction) -> None:
             tx.runs.update(run.tenant_id, run.id, **changes)
             tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.RUNNING))
+            faults.reached("run.beginning", run.session_id)
 
         await self._fence.commit(unit)
         state.run = structs.replace(run, **changes)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct
 
+from corral import faults
 from corral.bus.api import Notice
 from corral.core.ending import aborted, end_run, failed
 from corral.core.journal import append_session_updated, apply_mode
@@ -281,6 +282,7 @@ class CoreService:
         the waiter cannot come too late. A run that nobody drives (it waits for a person, or
         recovery is under way) is taken up to be ended: whoever takes it up sees the note.
         """
+        faults.reached("abort.noted")
         self._abort_waiters.setdefault(run_id, []).append(waiter)
         active = self._active.get(run_id)
         if active is not None:
@@ -370,6 +372,7 @@ class CoreService:
         epoch = tx.runs.claim(tenant_id, run_id, owner=self._owner, now_ms=now, expires_at=now + LEASE_MS, steal=steal)
         if before is None or epoch is None:
             return _TakenUp(number=None)
+        faults.reached("recover.taking", before.session_id)
         # A call that was under way when the last owner went will not come to its end.
         release(tx, before)
         run = before

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from corral import faults
 from corral.core.calls import changed_since, interrupted, not_approved, refused, result_message
 from corral.core.ending import record_result
 from corral.core.judge import args_hash, binding_of, current, question
@@ -54,6 +55,7 @@ class ToolStep:
             await self._run_together(state, context, group)
             return False
         call = group[0]
+        faults.reached("tool.decided", call.tool_name, call.session_id)
         cleared = await self._fence.commit(self._unit_of_start(state, context, call))
         if isinstance(cleared, ToolOutcome):
             await self._record(state, call, cleared)
@@ -137,7 +139,9 @@ class ToolStep:
         self.running += 1
         try:
             call = Call(id=row.id, tool_name=row.tool_name, args=row.args)
+            faults.reached("tool.recorded", row.tool_name, row.session_id)
             outcome = await self._execute(state, call, context, row)
+            faults.reached("tool.end", row.tool_name, row.session_id)
             await self._record(state, row, outcome)
         finally:
             self.running -= 1
@@ -173,6 +177,7 @@ class ToolStep:
             calls, approvals = open_calls_of(tx, state.run)
             if any(not _waits(approvals.get(call.id)) for call in calls):
                 return calls, approvals
+            faults.reached("run.parking", state.run.session_id)
             park(tx, state.run, now)
             return None
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from corral import faults
 from corral.protocol.errors import ToolExecFailed
 
 _SYS_OPENAT2 = 437
@@ -305,6 +306,7 @@ def _replace_in(folder: int, name: str, content: bytes) -> bool:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        faults.reached("tool.during", "file")
         os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         os.unlink(temporary, dir_fd=folder)

@@ -21,6 +21,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from corral import faults
 from corral.executor.output import Budget, Capture
 
 log = logging.getLogger(__name__)
@@ -369,6 +370,7 @@ async def _pump(loop: asyncio.AbstractEventLoop, descriptor: int, capture: Captu
         if not data:
             return
         capture.feed(data)
+        faults.reached("tool.during", "command")
         await asyncio.sleep(_FLOOD_PAUSE_S if capture.overflowed else 0)
 
 

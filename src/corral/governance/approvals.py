@@ -15,6 +15,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct
 
+from corral import faults
 from corral.clock import Clock, rfc3339
 from corral.governance.access import visible_session
 from corral.governance.audit import Audit, Outcome
@@ -175,6 +176,7 @@ class Approvals:
             comment=comment,
             **changes,
         )
+        faults.reached("approval.resolving", row.tool_name, row.session_id)
         if approved and params.remember is not UNSET:
             self._remember(tx, caller, row, params.remember, now)
         return ApprovalResolveResult(approval_id=row.id, status=row.status)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from corral import faults
 from corral.clock import Clock
 from corral.storage._sqlite_connections import (
     Driver,
@@ -135,7 +136,9 @@ class _Writer:
             group = _Group(connection, raw)
             for unit in units:
                 run(group, unit)
+            _pass("commit.before", units)
             raw.control("COMMIT")
+            _pass("commit.after", units)
         except _UnitToUndo:
             self._recover(None, keep=True)
             raise
@@ -189,6 +192,14 @@ class _Writer:
             logger.warning("no checkpoint at close", exc_info=True, extra={"action": "store.close_failed"})
             self._recover(error)
         self.abandon()
+
+
+def _pass(point: faults.Point, units: Sequence[_Unit]) -> None:
+    if faults.armed():
+        entries = [entry for unit in units for entry in unit.entries]
+        faults.reached(
+            point, *(each for entry in entries for each in (entry.event, f"{entry.event}/{entry.session_id}"))
+        )
 
 
 @dataclass(slots=True)
@@ -403,8 +414,10 @@ class SqliteStore(Store):
             if unit.error is not None:
                 self._fail(unit, unit.error)
                 continue
+            _pass("publish.before", [unit])
             if unit.on_commit is not None:
                 self._call(unit.on_commit, unit.result)
+            _pass("publish.between", [unit])
             if unit.entries:
                 for listener in tuple(self._listeners):
                     self._call(listener, unit.entries)
