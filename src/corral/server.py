@@ -32,6 +32,7 @@ from corral.core.service import CoreService
 from corral.core.sessions import SessionMethods
 from corral.core.state import Deps, RunOptions, folder_of
 from corral.core.traces import RunTraces
+from corral.executor.leftovers import mark_for
 from corral.executor.service import Executor
 from corral.gateway.app import Gateway
 from corral.gateway.dispatch import Effect, MethodTables
@@ -147,7 +148,12 @@ class Server:
             clock=clock,
             ids=ids,
         )
-        self.executor = Executor(clock=clock, data_dir=settings.data_dir, environ=self._environ)
+        self.executor = Executor(
+            clock=clock,
+            data_dir=settings.data_dir,
+            environ=self._environ,
+            mark=mark_for(settings.data_dir, ensure_token_key(settings.data_dir)),
+        )
         audit = self.audit = Audit(clock, secrets=self._secrets())
         self.keeper = AuditKeeper(self.store, clock, audit, settings.data_dir)
         options = RunOptions(
@@ -237,6 +243,7 @@ class Server:
 
     async def _recover(self) -> None:
         await record_restored(self.store, self.audit, TENANT)
+        await self.executor.end_leftovers()
         count = await self.core.recover()
         if count:
             log.info("runs taken up again: %d", count, extra={"action": "recovery.done", "count": count})

@@ -338,8 +338,10 @@ class CoreService:
     async def continue_(self, tenant_id: str, run_id: str, *, steal: bool = False) -> None:
         """Take a run up from its journal, if nobody else owns it (`steal`: whoever does).
 
-        A run that has ended is left alone; so asking twice is harmless.
+        A run that has ended is left alone; so asking twice is harmless. What a dead gateway left running for it
+        is dead by then.
         """
+        await self._deps.executor.end_leftovers()
         taken = await self._deps.store.write(lambda tx: self._take_up(tx, tenant_id, run_id, steal), self._taken_up)
         if taken.number is not None and taken.answer is None:
             self._drive(tenant_id, run_id, taken.number)

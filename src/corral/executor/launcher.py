@@ -11,6 +11,7 @@ exists because of four things that a gateway cannot do well from inside itself:
   every marker. A *child subreaper* (prctl(2)) gets each orphan below it back as its own child, so
   that "everything below the supervisor" is exactly what the call started;
 - a gateway that is killed with -9 cannot clean up. The supervisor notices by the end of its socket.
+  What it cannot end itself the next gateway finds by the mark in this program's last argument (`leftovers.py`).
 
 One connection to the gateway carries one byte and the descriptors for each call; for each the
 server forks a *supervisor*, which reads what to run from the call's own control socket, runs it,

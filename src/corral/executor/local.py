@@ -16,6 +16,7 @@ from corral.executor.api import CallContext, Failure
 from corral.executor.catalogue import Arguments
 from corral.executor.files import Files
 from corral.executor.http import Fetcher
+from corral.executor.leftovers import VARIABLE
 from corral.executor.output import Result, joined
 from corral.executor.processes import Ended, LauncherLost, Prepared, Processes, Program
 from corral.executor.ready import ReadySandboxes
@@ -38,11 +39,13 @@ class LocalDriver:
         environ: Mapping[str, str],
         hidden: tuple[Path, ...],
         fetcher: Fetcher,
+        mark: str | None = None,
         sandbox_path: str | None = None,
     ) -> None:
         """`hidden` are folders that no tool may see even inside a session's folder (the data
-        directory); `sandbox_path` is where bubblewrap is looked for, by default the gateway's PATH."""
-        self._processes = Processes()
+        directory); `mark` tells this data directory's processes from all others (`leftovers.py`);
+        `sandbox_path` is where bubblewrap is looked for, by default the gateway's PATH."""
+        self._processes = Processes(mark)
         self._sandbox = Sandbox(self._processes, environ=environ, hidden=hidden, search_path=sandbox_path)
         self._ready = ReadySandboxes(self._processes, self._sandbox)
         self._host_env = {name: value for name, value in environ.items() if name in _HOST_ENV or name.startswith("LC_")}
@@ -85,6 +88,10 @@ class LocalDriver:
         if not alive:
             self._leftover.pop(run_id, None)
         return alive
+
+    async def end_leftovers(self) -> None:
+        """End what a gateway that died on this data directory left running."""
+        await self._processes.end_leftovers()
 
     async def close(self) -> None:
         await self._ready.close()
@@ -132,7 +139,7 @@ class LocalDriver:
         if context.bash_mode == "host":
             program = Program(
                 argv=argv,
-                env={**self._host_env, "PWD": str(context.root)},
+                env={**self._host_env, "PWD": str(context.root), VARIABLE: self._processes.mark},
                 cwd=str(context.root),
                 limits={"CORE": LIMITS["CORE"]},
             )

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 from msgspec import Struct
 
 from corral import faults
+from corral.executor.leftovers import end_leftovers
 from corral.executor.output import Budget, Capture
 
 log = logging.getLogger(__name__)
@@ -123,7 +125,13 @@ class Prepared:
 class Processes:
     """Runs programs. One fork server, started with the first program, started again if it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: str | None = None) -> None:
+        """`mark` is what these processes have in common with those of a gateway that died (`leftovers.py`).
+
+        Without one they have a mark that nobody looks for.
+        """
+        self.mark = mark or f"corral-{secrets.token_hex(16)}"
+        self._looked = mark is None
         self._server: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._starting = asyncio.Lock()
@@ -185,6 +193,37 @@ class Processes:
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.warning("a cancelled call did not end well", extra={"action": "tool.kill"}, exc_info=error)
             raise
+
+    async def end_leftovers(self) -> None:
+        """End what a gateway that died left running.
+
+        It is done once, and never later than before the first process is started here: what is started
+        bears the same mark. Returns when it is done, whoever began it.
+        """
+        if not self._looked:
+            async with self._starting:
+                await self._end_leftovers()
+
+    async def _end_leftovers(self) -> None:
+        if self._looked:
+            return
+        ended: list[str] = []
+        left: list[str] = []
+        try:
+            ended, left = await asyncio.to_thread(end_leftovers, self.mark)
+        except OSError:
+            log.exception("cannot look for what a dead gateway left", extra={"action": "leftovers.unknown"})
+        self._looked = True
+        if ended:
+            log.warning(
+                "ended what a dead gateway left running: %s",
+                ", ".join(ended)[:2000],
+                extra={"action": "leftovers.ended", "count": len(ended)},
+            )
+        if left:
+            log.error(
+                "a dead gateway's processes live on: %s", ", ".join(left)[:2000], extra={"action": "leftovers.left"}
+            )
 
     async def close(self) -> None:
         """Kill what runs, end the fork server."""
@@ -303,7 +342,8 @@ class Processes:
             connection = self._connection
             if connection is not None:
                 return connection
-            server, started = await asyncio.to_thread(_start_server)
+            await self._end_leftovers()
+            server, started = await asyncio.to_thread(_start_server, self.mark)
             self._server, self._connection = server, started
             return started
 
@@ -317,13 +357,14 @@ class Processes:
             await asyncio.to_thread(server.wait)
 
 
-def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start_server(mark: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         # Its own session: Ctrl-C at the gateway's terminal is the gateway's business. Its environment
         # is empty: what the gateway was given (keys, token) is not in it, nor in what it starts.
         # -I -S: nothing from the environment, the working directory or site-packages is imported.
-        argv = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), str(theirs.fileno())]
+        program = str(Path(__file__).with_name("launcher.py"))
+        argv = [sys.executable, "-I", "-S", program, str(theirs.fileno()), mark]
         server = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,

@@ -33,6 +33,8 @@ class Driver(Protocol):
 
     def leftover(self, run_id: str) -> list[str]: ...
 
+    async def end_leftovers(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
@@ -47,10 +49,13 @@ class Executor:
         environ: Mapping[str, str] | None = None,
         allowed_private: frozenset[tuple[str, int]] = frozenset(),
         sandbox_path: str | None = None,
+        mark: str | None = None,
     ) -> None:
         """`data_dir` is Corral's own directory, which no tool sees even where it lies inside a session's
         folder. `allowed_private` are (host, port) that http.request may reach although their addresses
         are private: from server settings only. `sandbox_path` is where bubblewrap is looked for, like PATH.
+        `mark` is what the processes of one data directory have in common (`leftovers.mark_for`), over the
+        lives of its gateways.
         """
         self._clock = clock or SystemClock()
         hidden = () if data_dir is None else (data_dir.resolve(),)
@@ -59,6 +64,7 @@ class Executor:
                 environ=os.environ if environ is None else environ,
                 hidden=hidden,
                 fetcher=Fetcher(allowed_private=allowed_private),
+                mark=mark,
                 sandbox_path=sandbox_path,
             )
         }
@@ -93,6 +99,10 @@ class Executor:
 
     def leftover(self, run_id: str) -> list[str]:
         return [entry for driver in self._drivers.values() for entry in driver.leftover(run_id)]
+
+    async def end_leftovers(self) -> None:
+        for driver in self._drivers.values():
+            await driver.end_leftovers()
 
     async def close(self) -> None:
         for driver in self._drivers.values():
