@@ -73,6 +73,7 @@ class Settings(Struct, kw_only=True):
     requests_per_second: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
     max_active_runs: Annotated[int, Meta(ge=1, le=100_000)] = 256
     tool_timeout_ms: Millis = 120_000
+    ask_again: list[str] = []
     run_timeout_ms: Millis = 3_600_000
     approval_ttl_ms: Annotated[int, Meta(ge=1, le=366 * 24 * 3600 * 1000)] = 24 * 3600 * 1000
     model_timeout_ms: Millis = 300_000
@@ -94,13 +95,14 @@ class Settings(Struct, kw_only=True):
 SETTINGS = {item.name: item for item in msgspec.structs.fields(Settings) if item.name != "origins"}
 """What may be set: the fields of Settings by name."""
 
-_LISTS = frozenset({"fallbacks", "allowed_origins", "allowed_hosts", "roots"})
+_LISTS = frozenset({"fallbacks", "allowed_origins", "allowed_hosts", "roots", "ask_again"})
 _TABLES = frozenset({"agents", "models"})
 _EXAMPLES = {
     "fallbacks": "openai-chat:small,demo",
     "allowed_origins": "https://agents.example.org",
     "allowed_hosts": "agents.example.org",
     "roots": "/home/me/projects",
+    "ask_again": "bash.exec,http.request",
     "log_level": "debug, info, warning or error",
     "log_format": "text or json",
     "audit_keep_days": "400",

@@ -19,6 +19,7 @@ from typing import Protocol
 from corral.bus.local import LocalBus
 from corral.clock import Clock, SystemClock
 from corral.config import (
+    ConfigError,
     ModelSettings,
     Settings,
     ensure_token,
@@ -148,12 +149,7 @@ class Server:
             clock=clock,
             ids=ids,
         )
-        self.executor = Executor(
-            clock=clock,
-            data_dir=settings.data_dir,
-            environ=self._environ,
-            mark=mark_for(settings.data_dir, ensure_token_key(settings.data_dir)),
-        )
+        self.executor = _executor(settings, clock, self._environ)
         audit = self.audit = Audit(clock, secrets=self._secrets())
         self.keeper = AuditKeeper(self.store, clock, audit, settings.data_dir)
         options = RunOptions(
@@ -383,6 +379,19 @@ def _first_rows(tx: Transaction, settings: Settings, token: str, now_ms: int) ->
         secret = os.urandom(32).hex()
         tx.meta.set("cursor_key", secret)
     return bytes.fromhex(secret)
+
+
+def _executor(settings: Settings, clock: Clock, environ: dict[str, str]) -> Executor:
+    try:
+        return Executor(
+            clock=clock,
+            data_dir=settings.data_dir,
+            environ=environ,
+            ask_again=settings.ask_again,
+            mark=mark_for(settings.data_dir, ensure_token_key(settings.data_dir)),
+        )
+    except ValueError as error:
+        raise ConfigError(f"ask_again from {settings.origins.get('ask_again', 'the settings')}: {error}") from None
 
 
 def _known(name: str, model: ModelSettings) -> ModelInfo:

@@ -218,6 +218,8 @@ def described(item: Json) -> str:
         f"session   {item['sessionId']}, run {item['runId']}",
         f"asked     {item['createdAt']}, expires {item['expiresAt']}",
     ]
+    if "retryOf" in item:
+        lines.insert(3, f"again     of {item['retryOf']}, which was interrupted and may have taken effect already")
     if "resolvedAt" in item:
         by = f" by {visible(item['resolvedBy'])}" if "resolvedBy" in item else ""
         lines.append(f"decided   {item['resolvedAt']}{by}")

@@ -77,13 +77,14 @@ def changed_since() -> ToolOutcome:
     return _outcome("denied", ErrorCode.APPROVAL_REQUIRED, message)
 
 
-def interrupted(row: ToolRunRow) -> ToolOutcome:
-    """The outcome of a call whose end nobody saw."""
+_UNKNOWN = "The call was started and then interrupted: it may have taken effect wholly, partly or not at all."
+
+
+def interrupted(row: ToolRunRow, *, asked: bool = False) -> ToolOutcome:
+    """The outcome of a call whose end nobody saw. `asked`: a person is asked whether to run it again."""
     if row.state == "started":
-        message = (
-            "The call was started and then interrupted: it may have taken effect wholly, partly or not at all. "
-            "It is not repeated; check the state before going on."
-        )
+        rest = "not repeated unless a person approves that" if asked else "not repeated"
+        message = f"{_UNKNOWN} It is {rest}; check the state before going on."
     elif row.repeatable:
         message = "The call was interrupted before its result; it changes nothing."
     else:
@@ -121,6 +122,27 @@ def tool_run_row(run: RunRow, position: int, each: Candidate, verdict: Verdict, 
     )
 
 
+def retry_row(row: ToolRunRow, call_id: str, position: int, now_ms: int) -> ToolRunRow:
+    """The call that does an interrupted one again, if a person approves it; `position` is a free one of its step."""
+    return ToolRunRow(
+        tenant_id=row.tenant_id,
+        id=call_id,
+        run_id=row.run_id,
+        session_id=row.session_id,
+        step=row.step,
+        position=position,
+        tool_name=row.tool_name,
+        args=row.args,
+        args_hash=row.args_hash,
+        risk=row.risk,
+        repeatable=False,
+        decision="approval-required",
+        reason=f"run again: {row.id} was interrupted and may have taken effect already",
+        created_at=now_ms,
+        retry_of=row.id,
+    )
+
+
 def call_event(row: ToolRunRow) -> AgentToolCall:
     return AgentToolCall(
         session_id=row.session_id,
@@ -131,6 +153,7 @@ def call_event(row: ToolRunRow) -> AgentToolCall:
         decision=row.decision,  # type: ignore[arg-type]
         reason=row.reason if row.reason is not None else UNSET,
         rule_id=row.rule_id if row.rule_id is not None else UNSET,
+        retry_of=row.retry_of if row.retry_of is not None else UNSET,
     )
 
 
@@ -149,14 +172,21 @@ def result_event(row: ToolRunRow, outcome: ToolOutcome) -> AgentToolResult:
     )
 
 
-def result_message(row: ToolRunRow, outcome: ToolOutcome, *, edited: bool = False) -> ToolMessage:
+def result_message(
+    row: ToolRunRow, outcome: ToolOutcome, *, edited: bool = False, answers: str | None = None
+) -> ToolMessage:
     """The result as the model sees it: the output, and what went wrong where that is not said by it.
 
     `edited` says that a person changed the arguments: then the model is told which were run.
+    `answers` is the call that the model made, where that is another: `row` was to do it again.
     """
     text = outcome.output
     if outcome.error is not None and outcome.error.message not in text:
         text = f"{text}\n{outcome.error.message}".lstrip("\n")
     if edited and outcome.status != "denied":
         text = f"[A person changed the arguments to {canonical_json(row.args).decode()}]\n{text}"
-    return ToolMessage(tool_call_id=row.id, name=row.tool_name, output=text, is_error=outcome.status != "success")
+    if answers is not None and answers != row.id:
+        text = f"{_UNKNOWN} A person was asked whether to run it again. What came of that:\n{text}"
+    return ToolMessage(
+        tool_call_id=answers or row.id, name=row.tool_name, output=text, is_error=outcome.status != "success"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct
 
-from corral.core.calls import interrupted, result_event, result_message
+from corral.core.calls import call_event, interrupted, result_event, result_message
 from corral.core.journal import apply_mode, run_usage
 from corral.core.state import Deps
 from corral.executor.api import ToolOutcome
@@ -15,6 +15,7 @@ from corral.governance.audit import Audit, Outcome
 from corral.governance.budgets import release
 from corral.governance.idempotency import finish_ongoing
 from corral.governance.metrics import run_fact
+from corral.models.api import ToolMessage
 from corral.protocol.errors import ErrorCode
 from corral.protocol.events import AgentCompleted, AgentFailed
 from corral.protocol.methods import AgentAbortResult
@@ -160,9 +161,14 @@ def record_result(
     now_ms: int,
     *,
     edited: bool = False,
-) -> None:
-    """Journal one call's result and put it into the transcript, the tool run and the audit."""
+) -> ToolMessage:
+    """Journal one call's result and put it into the transcript, the tool run and the audit.
+
+    Returns the result as the model sees it. That of a retry is another one of the call that the model
+    made, as the model made no retry: it is shown the last.
+    """
     entry = append(tx, run.tenant_id, result_event(call, outcome), now_ms)
+    message = result_message(call, outcome, edited=edited, answers=made_by_model(tx, call).id)
     tx.messages.insert(
         MessageRow(
             tenant_id=run.tenant_id,
@@ -170,7 +176,7 @@ def record_result(
             version=entry.version,
             run_id=run.id,
             role="tool",
-            content=result_message(call, outcome, edited=edited),
+            content=message,
             created_at=now_ms,
         )
     )
@@ -201,6 +207,45 @@ def record_result(
             "code": outcome.error.code if outcome.error is not None else None,
             "durationMs": outcome.duration_ms,
             "outputBytes": len(outcome.full) if outcome.full is not None else len(outcome.output.encode()),
+        },
+        trace_id=run.trace_id,
+        session_id=run.session_id,
+        run_id=run.id,
+    )
+    return message
+
+
+def made_by_model(tx: Transaction, call: ToolRunRow) -> ToolRunRow:
+    """The call that `call` is the retry, or the retry's retry, of; itself if it is none."""
+    while call.retry_of is not None:
+        before = tx.tool_runs.get(call.tenant_id, call.retry_of)
+        if before is None:
+            return call
+        call = before
+    return call
+
+
+def record_call(tx: Transaction, audit: Audit, run: RunRow, row: ToolRunRow, layer: str) -> None:
+    """Journal a call with the decision on it, and put it into the tool runs and the audit."""
+    append(tx, run.tenant_id, call_event(row), row.created_at)
+    tx.tool_runs.insert(row)
+    audit.record(
+        tx,
+        tenant_id=run.tenant_id,
+        action="tool.call",
+        actor=run.actor,
+        actor_type="user",
+        resource_type="tool",
+        resource_id=row.id,
+        outcome="denied" if row.decision == "deny" else "ok",
+        metadata={
+            "toolName": row.tool_name,
+            **audit.about_call(row.args, row.args_hash),
+            "decision": row.decision,
+            "reason": row.reason,
+            "ruleId": row.rule_id,
+            "layer": layer,
+            **({"retryOf": row.retry_of} if row.retry_of is not None else {}),
         },
         trace_id=run.trace_id,
         session_id=run.session_id,

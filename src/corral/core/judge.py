@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import structs, to_builtins
+from msgspec import structs
 
 from corral.core.state import RunOptions, context_of, policy_of
 from corral.executor.api import CallContext, ToolExecutor, ToolSpec
@@ -37,7 +37,15 @@ def binding_of(spec: ToolSpec, args: dict[str, Any], context: CallContext, polic
     """
     return canonical_hash(
         {
-            "tool": to_builtins(spec),
+            # What a call does, not what becomes of one that was interrupted: `ask` may be set without
+            # making void what people have decided.
+            "tool": {
+                "name": spec.name,
+                "description": spec.description,
+                "parameters": spec.parameters,
+                "risk": spec.risk,
+                "repeatable": spec.repeatable,
+            },
             "args": args,
             "folder": str(context.root),
             "runtimeMode": context.runtime_mode,

@@ -15,14 +15,12 @@ from corral.core.calls import (
     CANNOT_RUN,
     Candidate,
     broken,
-    call_event,
     candidate,
     refused,
-    result_message,
     tool_run_row,
 )
 from corral.core.context import budget, fit
-from corral.core.ending import completed, end_run, record_result
+from corral.core.ending import completed, end_run, record_call, record_result
 from corral.core.judge import binding_of, question
 from corral.core.limits import Limits, call_of, limits_of
 from corral.core.state import Deps, Fence, Loaded, park, policy_of
@@ -270,37 +268,14 @@ class ModelStep:
         done = _Journalled(version=0, open_calls=[], approvals={}, results=[], answer=None)
         rows = [tool_run_row(run, position, each.each, each.verdict, now) for position, each in enumerate(rulings)]
         for row, ruling in zip(rows, rulings, strict=True):
-            append(tx, run.tenant_id, call_event(row), now)
-            tx.tool_runs.insert(row)
-            self._deps.audit.record(
-                tx,
-                tenant_id=run.tenant_id,
-                action="tool.call",
-                actor=run.actor,
-                actor_type="user",
-                resource_type="tool",
-                resource_id=row.id,
-                outcome="denied" if row.decision == "deny" else "ok",
-                metadata={
-                    "toolName": row.tool_name,
-                    **self._deps.audit.about_call(row.args, row.args_hash),
-                    "decision": row.decision,
-                    "reason": row.reason,
-                    "ruleId": row.rule_id,
-                    "layer": ruling.verdict.layer,
-                },
-                trace_id=run.trace_id,
-                session_id=run.session_id,
-                run_id=run.id,
-            )
+            record_call(tx, self._deps.audit, run, row, ruling.verdict.layer)
             if row.decision == "approval-required":
                 done.approvals[row.id] = self._deps.approvals.require(tx, run, row, ruling.binding, now)
         for row, ruling in zip(rows, rulings, strict=True):
             if ruling.refusal is None:
                 done.open_calls.append(row)
             else:
-                record_result(tx, self._deps.audit, run, row, ruling.refusal, now)
-                done.results.append(result_message(row, ruling.refusal))
+                done.results.append(record_result(tx, self._deps.audit, run, row, ruling.refusal, now))
         return done
 
 

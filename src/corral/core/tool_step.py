@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from corral import faults
-from corral.core.calls import changed_since, interrupted, not_approved, refused, result_message
-from corral.core.ending import record_result
+from corral.core.again import record_interrupted
+from corral.core.calls import changed_since, interrupted, not_approved, refused
+from corral.core.ending import made_by_model, record_result
 from corral.core.judge import args_hash, binding_of, current, question
 from corral.core.state import Deps, Fence, LeaseLost, Loaded, open_calls_of, park, policy_of
 from corral.core.traces import tool_span
 from corral.executor.api import Call, CallContext, ToolOutcome
 from corral.governance.policy import EffectivePolicy
-from corral.models.api import AssistantMessage
+from corral.models.api import AssistantMessage, ToolMessage
 from corral.protocol.errors import ErrorCode
 from corral.protocol.types import ApprovalStatus
 from corral.storage.repositories import Transaction
-from corral.storage.rows import ApprovalRow, ToolRunRow
+from corral.storage.rows import ApprovalRow, RunRow, ToolRunRow
 from corral.tracing import Stopwatch
 
 
@@ -27,6 +28,13 @@ class Cleared(Struct, kw_only=True, frozen=True):
     """A call that may start, under this policy."""
 
     policy: EffectivePolicy
+
+
+class Unknown(Struct, frozen=True):
+    """A call that a process which died had started: nobody knows what came of it."""
+
+
+_Clearance = Cleared | Unknown | ToolOutcome
 
 
 class ToolStep:
@@ -59,6 +67,8 @@ class ToolStep:
         cleared = await self._fence.commit(self._unit_of_start(state, context, call))
         if isinstance(cleared, ToolOutcome):
             await self._record(state, call, cleared)
+        elif isinstance(cleared, Unknown):
+            return await self._interrupted(state, context, call)
         else:
             # The policy that let the call start is also the one that says how it runs.
             await self._run_call(state, current(context, cleared.policy), call)
@@ -66,14 +76,14 @@ class ToolStep:
 
     # ---- may it start
 
-    def _clear(self, tx: Transaction, state: Loaded, context: CallContext, call: ToolRunRow) -> Cleared | ToolOutcome:
+    def _clear(self, tx: Transaction, state: Loaded, context: CallContext, call: ToolRunRow) -> _Clearance:
         """What the decision on a call, the approval, and policy as it is now say together."""
         row = tx.tool_runs.get(call.tenant_id, call.id)
         if row is None or row.state == "finished":
             raise LeaseLost
         if row.state == "started":
             # Started by a process that died: what came of it is unknown, and it is never started again.
-            return interrupted(row)
+            return Unknown()
         spec = self._deps.executor.spec(row.tool_name)
         if spec is None or row.args_hash != args_hash(row.tool_name, call.args):
             return changed_since()
@@ -107,7 +117,7 @@ class ToolStep:
     def _unit_of_start(self, state: Loaded, context: CallContext, call: ToolRunRow):  # type: ignore[no-untyped-def]
         now = self._deps.clock.now_ms()
 
-        def unit(tx: Transaction) -> Cleared | ToolOutcome:
+        def unit(tx: Transaction) -> _Clearance:
             """Record that the call starts now; committed before the tool runs."""
             cleared = self._clear(tx, state, context, call)
             if isinstance(cleared, Cleared):
@@ -120,7 +130,10 @@ class ToolStep:
         """Those of some repeatable calls that may start; the others get their results."""
         verdicts = await self._deps.store.read(lambda tx: [self._clear(tx, state, context, call) for call in group])
         for call, cleared in zip(group, verdicts, strict=True):
-            if isinstance(cleared, ToolOutcome):
+            if isinstance(cleared, Unknown):
+                # Only by a gateway to which this tool was not repeatable: its start was recorded.
+                await self._record(state, call, interrupted(call))
+            elif isinstance(cleared, ToolOutcome):
                 await self._record(state, call, cleared)
         return [call for call, cleared in zip(group, verdicts, strict=True) if isinstance(cleared, Cleared)]
 
@@ -160,41 +173,70 @@ class ToolStep:
 
     async def _record(self, state: Loaded, row: ToolRunRow, outcome: ToolOutcome) -> None:
         now = self._deps.clock.now_ms()
-        edited = _edited(state, row)
-        await self._fence.commit(
-            lambda tx: record_result(tx, self._deps.audit, state.run, row, outcome, now, edited=edited)
-        )
-        state.messages.append(result_message(row, outcome, edited=edited))
+
+        def unit(tx: Transaction) -> ToolMessage:
+            edited = _edited(state, made_by_model(tx, row).id, row)
+            return record_result(tx, self._deps.audit, state.run, row, outcome, now, edited=edited)
+
+        message = await self._fence.commit(unit)
+        state.messages.append(message)
         state.open_calls = [call for call in state.open_calls if call.id != row.id]
+
+    async def _interrupted(self, state: Loaded, context: CallContext, row: ToolRunRow) -> bool:
+        """Record the result of a call whose end nobody saw, and the question about a retry where there is one.
+
+        Says whether the run is parked, for all that is left waits for people.
+        """
+        now = self._deps.clock.now_ms()
+
+        def unit(tx: Transaction) -> tuple[ToolMessage, bool, _Open | None]:
+            edited = _edited(state, made_by_model(tx, row).id, row)
+            message, asked = record_interrupted(tx, self._deps, state.run, context, row, edited)
+            # Parked in this commit, so that who hears of the question never finds the run still running.
+            return message, asked, _parked_or_open(tx, state.run, now) if asked else None
+
+        message, asked, still_open = await self._fence.commit(unit)
+        state.messages.append(message)
+        if asked:
+            return self._is_parked(state, still_open)
+        state.open_calls = [call for call in state.open_calls if call.id != row.id]
+        return False
 
     # ---- waiting
 
     async def _park(self, state: Loaded) -> bool:
         """Leave the run waiting for people, owned by nobody; unless one of them has decided meanwhile."""
         now = self._deps.clock.now_ms()
+        return self._is_parked(state, await self._fence.commit(lambda tx: _parked_or_open(tx, state.run, now)))
 
-        def unit(tx: Transaction) -> tuple[list[ToolRunRow], dict[str, ApprovalRow]] | None:
-            calls, approvals = open_calls_of(tx, state.run)
-            if any(not _waits(approvals.get(call.id)) for call in calls):
-                return calls, approvals
-            faults.reached("run.parking", state.run.session_id)
-            park(tx, state.run, now)
-            return None
-
-        decided = await self._fence.commit(unit)
-        if decided is None:
+    def _is_parked(self, state: Loaded, still_open: _Open | None) -> bool:
+        if still_open is None:
             return True
-        state.open_calls, state.approvals = decided
+        state.open_calls, state.approvals = still_open
         return False
+
+
+_Open = tuple[list[ToolRunRow], dict[str, ApprovalRow]]
+"""A run's calls without a result, and its approvals by tool call."""
+
+
+def _parked_or_open(tx: Transaction, run: RunRow, now_ms: int) -> _Open | None:
+    """Park the run if all its open calls wait for people (then None); else what is to be done."""
+    calls, approvals = open_calls_of(tx, run)
+    if any(not _waits(approvals.get(call.id)) for call in calls):
+        return calls, approvals
+    faults.reached("run.parking", run.session_id)
+    park(tx, run, now_ms)
+    return None
 
 
 def _waits(approval: ApprovalRow | None) -> bool:
     return approval is not None and approval.status == ApprovalStatus.PENDING
 
 
-def _edited(state: Loaded, row: ToolRunRow) -> bool:
-    """Whether a person changed the arguments that the model sent."""
+def _edited(state: Loaded, call_id: str, row: ToolRunRow) -> bool:
+    """Whether a person changed the arguments that the model sent with that call."""
     for message in reversed(state.messages):
         if isinstance(message, AssistantMessage):
-            return any(call.id == row.id and (call.args or {}) != row.args for call in message.tool_calls)
+            return any(call.id == call_id and (call.args or {}) != row.args for call in message.tool_calls)
     return False

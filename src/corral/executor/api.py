@@ -9,19 +9,26 @@ from msgspec import Struct
 
 from corral.protocol.types import BashMode, BashNetwork, Risk, RuntimeMode, ToolStatus
 
+Effect = Literal["repeatable", "at_most_once", "ask"]
+
 
 class ToolSpec(Struct, kw_only=True, frozen=True):
     """What a tool is. `parameters` is the JSON Schema of its arguments.
 
-    `repeatable`: running it twice is the same as once (reads), so that it may simply be run
-    again after a crash. Every other tool is never started twice for one call.
+    `effect` says what becomes of a call whose end nobody saw, because the gateway died in it:
+    `repeatable` (reads: twice is the same as once) is simply run again; `at_most_once` ends as
+    `interrupted`; so does `ask`, and a person is asked whether to run it again as a new call.
     """
 
     name: str
     description: str
     parameters: dict[str, Any]
     risk: Risk
-    repeatable: bool
+    effect: Effect
+
+    @property
+    def repeatable(self) -> bool:
+        return self.effect == "repeatable"
 
 
 class Call(Struct, kw_only=True, frozen=True):

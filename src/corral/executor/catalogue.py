@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from corral.executor.api import ToolSpec
+from corral.executor.api import Effect, ToolSpec
 from corral.protocol.ready import look_through
 from corral.protocol.types import Risk
 
@@ -105,13 +105,13 @@ class HttpRequest(Arguments, kw_only=True, frozen=True):
     body: Annotated[str, Meta(max_length=1_000_000, description="The request's body.")] | None = None
 
 
-def _spec(name: str, arguments: type[Arguments], risk: Risk, description: str, *, repeatable: bool = False) -> ToolSpec:
+def _spec(name: str, arguments: type[Arguments], risk: Risk, effect: Effect, description: str) -> ToolSpec:
     return ToolSpec(
         name=name,
         description=" ".join(description.split()),
         parameters=_schema(arguments),
         risk=risk,
-        repeatable=repeatable,
+        effect=effect,
     )
 
 
@@ -145,6 +145,7 @@ SPECS: tuple[ToolSpec, ...] = (
         "bash.exec",
         BashExec,
         "high",
+        "at_most_once",
         """Run a shell command in the working directory and return its standard output, then its standard
         error, then its exit status if that is not 0. Nothing is kept between calls but files: no variables, no
         current directory, no background processes. There is no standard input. Usually there is no network
@@ -154,6 +155,7 @@ SPECS: tuple[ToolSpec, ...] = (
         "process.exec",
         ProcessExec,
         "high",
+        "at_most_once",
         """Run one program with exactly these arguments, without a shell: no expansion, no pipes, no
         redirection. Otherwise like bash.exec.""",
     ),
@@ -161,34 +163,36 @@ SPECS: tuple[ToolSpec, ...] = (
         "file.read",
         FileRead,
         "low",
+        "repeatable",
         """Read a text file. Long files come in parts: the result says with which offset to go on.""",
-        repeatable=True,
     ),
     _spec(
         "file.list",
         FileList,
         "low",
+        "repeatable",
         """List a directory, sorted by name. Directories end with /, links with @.""",
-        repeatable=True,
     ),
     _spec(
         "file.search",
         FileSearch,
         "low",
+        "repeatable",
         """Search text files below a directory, or one file, for a regular expression. Results are lines of the
         form path:line: text. Binary files and .git directories are left out.""",
-        repeatable=True,
     ),
     _spec(
         "file.write",
         FileWrite,
         "medium",
+        "at_most_once",
         """Write a file: make it, or replace all that is in it. Missing directories are made.""",
     ),
     _spec(
         "file.edit",
         FileEdit,
         "medium",
+        "at_most_once",
         """Replace one piece of text in a file. `old` must occur exactly once, with the same spaces and line
         ends; give enough of its surroundings to make it unique.""",
     ),
@@ -196,6 +200,7 @@ SPECS: tuple[ToolSpec, ...] = (
         "http.request",
         HttpRequest,
         "high",
+        "at_most_once",
         """Make an HTTP request to a public address and return status, headers and body as text. Private and
         local addresses are refused.""",
     ),

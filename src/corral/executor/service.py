@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import structs
 
 from corral.clock import Clock, SystemClock
 from corral.executor import catalogue
@@ -49,15 +51,20 @@ class Executor:
         environ: Mapping[str, str] | None = None,
         allowed_private: frozenset[tuple[str, int]] = frozenset(),
         sandbox_path: str | None = None,
+        ask_again: Collection[str] = (),
         mark: str | None = None,
     ) -> None:
         """`data_dir` is Corral's own directory, which no tool sees even where it lies inside a session's
         folder. `allowed_private` are (host, port) that http.request may reach although their addresses
         are private: from server settings only. `sandbox_path` is where bubblewrap is looked for, like PATH.
-        `mark` is what the processes of one data directory have in common (`leftovers.mark_for`), over the
-        lives of its gateways.
+        `ask_again` names tools whose interrupted calls a person is asked about: their effect is `ask`. Raises
+        ValueError for a name that is none of a tool's, or of one that is simply run again. `mark` is what the
+        processes of one data directory have in common (`leftovers.mark_for`), over the lives of its gateways.
         """
         self._clock = clock or SystemClock()
+        self._specs = {spec.name: _asking(spec) if spec.name in ask_again else spec for spec in catalogue.SPECS}
+        if unknown := sorted(set(ask_again) - set(self._specs)):
+            raise ValueError(f"{unknown[0]} is no tool; the tools are {', '.join(self._specs)}")
         hidden = () if data_dir is None else (data_dir.resolve(),)
         self._drivers: dict[RuntimeMode, Driver] = {
             "local": LocalDriver(
@@ -70,10 +77,10 @@ class Executor:
         }
 
     def specs(self) -> list[ToolSpec]:
-        return list(catalogue.SPECS)
+        return list(self._specs.values())
 
     def spec(self, tool_name: str) -> ToolSpec | None:
-        return catalogue.spec(tool_name)
+        return self._specs.get(tool_name)
 
     def check(self, tool_name: str, args: dict[str, Any]) -> str | None:
         return catalogue.problem(tool_name, args)
@@ -133,6 +140,12 @@ class Executor:
         except Exception:
             log.exception("tool %s failed", call.tool_name, extra={"action": "tool.error", "tool_call_id": call.id})
             return _failed(ErrorCode.INTERNAL_ERROR, "the tool failed inside the server; its log says why")
+
+
+def _asking(spec: ToolSpec) -> ToolSpec:
+    if spec.repeatable:
+        raise ValueError(f"{spec.name} only reads: it is run again after a crash, and nobody need be asked")
+    return structs.replace(spec, effect="ask")
 
 
 def _failed(code: ErrorCode, message: str) -> Result:

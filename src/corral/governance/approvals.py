@@ -107,6 +107,7 @@ class Approvals:
             reason=call.reason or "",
             rule_id=call.rule_id,
             requested_by=run.actor,
+            retry_of=call.retry_of,
             created_at=now_ms,
             expires_at=now_ms + self._ttl_ms,
         )
@@ -312,6 +313,7 @@ class Approvals:
                 **self._audit.about_call(row.args, row.args_hash),
                 "binding": row.binding,
                 "reason": row.reason,
+                **({"retryOf": row.retry_of} if row.retry_of is not None else {}),
                 **extra,
             },
             trace_id=trace_id,
@@ -342,6 +344,7 @@ def approval_view(row: ApprovalRow) -> Approval:
         resolved_at=rfc3339(row.resolved_at) if row.resolved_at is not None else UNSET,
         resolved_by=row.resolved_by if row.resolved_by is not None else UNSET,
         comment=row.comment if row.comment is not None else UNSET,
+        retry_of=row.retry_of if row.retry_of is not None else UNSET,
     )
 
 

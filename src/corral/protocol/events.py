@@ -53,6 +53,8 @@ class AgentMessage(Wire, kw_only=True, frozen=True):
 
 
 class AgentToolCall(Wire, kw_only=True, frozen=True):
+    """`retryOf` names the call that was interrupted and that this one, if a person approves it, does again."""
+
     session_id: str
     run_id: str
     tool_call_id: str
@@ -61,6 +63,7 @@ class AgentToolCall(Wire, kw_only=True, frozen=True):
     decision: Decision
     reason: str | UnsetType = UNSET
     rule_id: str | UnsetType = UNSET
+    retry_of: str | UnsetType = UNSET
 
 
 class AgentToolResult(Wire, kw_only=True, frozen=True):

@@ -302,6 +302,8 @@ class Grant(Wire, kw_only=True, frozen=True):
 
 
 class Approval(Wire, kw_only=True, frozen=True):
+    """`retryOf` names the interrupted call, which may have taken effect, that would be run again."""
+
     approval_id: str
     run_id: str
     session_id: str
@@ -318,6 +320,7 @@ class Approval(Wire, kw_only=True, frozen=True):
     resolved_at: Timestamp | UnsetType = UNSET
     resolved_by: str | UnsetType = UNSET
     comment: str | UnsetType = UNSET
+    retry_of: str | UnsetType = UNSET
 
 
 class Token(Wire, kw_only=True, frozen=True):

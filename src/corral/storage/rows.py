@@ -136,6 +136,7 @@ class ToolRunRow(Struct, kw_only=True):
     created_at: int
     started_at: int | None = None
     finished_at: int | None = None
+    retry_of: str | None = None
 
 
 class AgentRow(Struct, kw_only=True):
@@ -231,6 +232,7 @@ class ApprovalRow(Struct, kw_only=True):
     resolved_at: int | None = None
     resolved_by: str | None = None
     comment: str | None = None
+    retry_of: str | None = None
 
 
 class GrantRow(Struct, kw_only=True):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0006"
-down_revision: str | None = "0003"
+revision = "0005"
+down_revision: str | None = "0004"
 
 SHARED = sa.text("visibility = 'workspace'")
 
