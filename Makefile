@@ -19,6 +19,7 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel bench-scale soak fuzz
+.PHONY: help run demo test bench bench-recovery check format lock install setup setup-dev schema clean
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
@@ -29,6 +30,7 @@ help:
 	@echo "make chaos    break everything at random for five minutes and see that nothing is lost (CHAOS_SECONDS=, CHAOS_SEED=)"
 	@echo "make bench-scale  the same queries of a large store and a small one (some minutes, 3 GB of disk)"
 	@echo "make soak     does what a gateway takes under load level off? (SOAK_SECONDS=1200, SOAK_ARGS=--help)"
+	@echo "make bench-recovery  how long a start takes to take up 1,000 runs that a killed gateway left"
 	@echo "make check    format, lint, types, the order of the rooms, the published schema"
 	@echo "make format   put the sources into the house's format"
 	@echo "make schema   write docs/reference anew from the code"
@@ -62,6 +64,8 @@ bench-scale: setup
 
 soak: setup
 	@exec $(BIN)/python -m bench.soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
+bench-recovery: setup
+	@$(BIN)/python -m bench.recovery $(BENCH_ARGS)
 
 check: setup-dev
 	$(BIN)/ruff format --check .

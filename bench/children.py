@@ -157,9 +157,11 @@ async def start_bare(children: Children) -> Served:
     return Served(child, (await child.line()).removeprefix("listening on "))
 
 
-async def start_corral(children: Children, data_dir: Path, model: Served | None = None) -> Corral:
-    """A gateway over `data_dir`, whose runs talk to `model`."""
-    env = {"CORRAL_TOKEN": secrets.token_hex(16), "CORRAL_LOG_LEVEL": "warning"}
+async def start_corral(
+    children: Children, data_dir: Path, model: Served | None = None, extra: Mapping[str, str] | None = None
+) -> Corral:
+    """A gateway over `data_dir`, whose runs talk to `model`; `extra` adds to its environment."""
+    env = {**(extra or {}), "CORRAL_TOKEN": secrets.token_hex(16), "CORRAL_LOG_LEVEL": "warning"}
     if model is not None:
         env |= {"CORRAL_MODEL": "openai-chat:bench", "OPENAI_BASE_URL": f"{model.url}/v1", "OPENAI_API_KEY": "k"}
     arguments = ["-m", "corral", "serve", "--port", "0", "--data-dir", str(data_dir)]

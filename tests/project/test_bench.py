@@ -126,3 +126,18 @@ def test_an_absolute_bound_is_kept_by_our_own_figure_whatever_the_ratio(ours: fl
     row.add(ours, 1.0)
     assert f"≤ 100 µs: {verdict}" in cells(row)
     assert row.as_json()["targetMet"] is (verdict == "met")
+
+
+def test_the_time_of_a_recovery_is_measured(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.recovery", "--runs", "3", "--rounds", "1"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 runs: listening after" in done.stdout
+    assert list(tmp_path.iterdir()) == []
