@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.core.conftest import Open
+from tests.core.conftest import OPEN_TOOLS, Open
 from tests.core.test_run import workspace
+from tests.executor.make import until
+from tests.executor.test_processes import marker as marker  # a fixture
 from tests.support import needs
 from tests.support.house import House
 from tests.support.model_server import CallTools, Hang, Say, conversation
@@ -46,22 +48,42 @@ async def tool_run_on(home: House, wire: Wire, session: str = "s1") -> str:
     return str(run["runId"])
 
 
-STUBBORN = "trap '' TERM INT HUP; (setsid sleep 600 &) ; sleep 601 & touch started; while :; do sleep 602; done"
+STUBBORN = (
+    "trap '' TERM INT HUP; (setsid sleep {m} &) ; sleep {m} & (setsid sleep {m} >&1 2>&1 &) ; "
+    "env -i setsid /bin/sh -c '(/bin/sleep {m} &) ; exec /bin/sleep {m}' & "
+    "touch started; while :; do sleep {m}; done"
+)
+"""Ignores SIGTERM, forks twice, leaves its session, clears its environment, holds the pipe."""
 
 
-async def test_an_abort_answers_when_the_runs_processes_are_dead(open_house: Open) -> None:
+@pytest.mark.parametrize("mode", ["sandbox", "host"])
+async def test_an_abort_answers_when_the_runs_processes_are_dead(open_house: Open, marker: str, mode: str) -> None:
     needs.bubblewrap()
-    async with open_house([CallTools([("bash_exec", {"command": STUBBORN})])]) as home, await home.wire() as wire:
+    script = [CallTools([("bash_exec", {"command": STUBBORN.format(m=marker)})])]
+    async with open_house(script, {**OPEN_TOOLS, "bashMode": mode}) as home, await home.wire() as wire:
         run_id = await tool_run_on(home, wire)
-        assert alive("sleep\x00602") or alive("sleep 602")
+        await until(lambda: len(alive(f"sleep\0{marker}")) >= 6, "all of them run", 60)
         answer = await wire.effect("agent.abort", runId=run_id)
+        assert alive(marker) == []
         assert answer == {"runId": run_id, "status": "aborted"}
-        assert [alive(f"sleep\x00{seconds}") for seconds in (600, 601, 602)] == [[], [], []]
 
 
-async def test_the_answer_precedes_the_events_that_the_abort_caused(open_house: Open) -> None:
+async def test_on_the_host_an_abort_names_what_it_could_not_see_to(open_house: Open) -> None:
+    killer = CallTools([("bash_exec", {"command": "kill -9 $PPID; sleep 0.2"})])
+    script = conversation([killer, Hang()])
+    async with open_house(script, {**OPEN_TOOLS, "bashMode": "host"}) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go")
+        result = (await wire.event("agent.tool_result"))["payload"]
+        assert (result["status"], result["error"]["code"]) == ("failed", "TOOL_EXEC_FAILED")
+        answer = await wire.effect("agent.abort", runId=run["runId"])
+        assert answer["status"] == "aborted"
+        assert answer["leftover"] == ["?: processes of a command whose supervisor was killed"]
+
+
+async def test_the_answer_precedes_the_events_that_the_abort_caused(open_house: Open, marker: str) -> None:
     needs.bubblewrap()
-    async with open_house([CallTools([("bash_exec", {"command": STUBBORN})])]) as home, await home.wire() as wire:
+    script = [CallTools([("bash_exec", {"command": f"touch started; sleep {marker}"})])]
+    async with open_house(script) as home, await home.wire() as wire:
         run_id = await tool_run_on(home, wire)
         frame_id = await wire.start("agent.abort", {"runId": run_id, "idempotencyKey": "k"})
         failed = await wire.event("agent.failed")

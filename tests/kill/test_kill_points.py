@@ -207,7 +207,7 @@ async def test_so_is_one_in_the_middle_of_a_command(tmp_path: Path, mode: str) -
 
     def steps(session: str) -> list[Any]:
         name, args = command(session)
-        return [CallTools([(name, {"command": f"{args['command']}; sleep 600"})])]
+        return [CallTools([(name, {"command": f"{args['command']}; sleep 86399"})])]
 
     async def acts(client: Client) -> None:
         await abort_at("agent.tool_call", patch)(client)
