@@ -1,13 +1,15 @@
 """`python -m bench.recovery`: how long a start takes to take up the runs that a killed gateway left.
 
 All runs are in the middle of a model's answer when their gateway is killed with SIGKILL. The clock starts
-with the next gateway's process and stops when the last run's `agent.resumed` is in its journal on the disk.
+with the next gateway's process and stops when the last run's `agent.resumed` is in its journal on the disk. The
+processor time that the gateway has used by then is told too: it says more where others use the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sqlite3
 import sys
 import tempfile
@@ -25,8 +27,8 @@ PATIENCE_S = 120.0
 _AT_ONCE = 32
 
 
-async def recover(folder: Path, runs: int) -> tuple[float, float]:
-    """Seconds from the start of the process to `listening`, and to the last run's `agent.resumed`."""
+async def recover(folder: Path, runs: int) -> tuple[float, float, float]:
+    """Seconds from the start of the process to `listening`, and to the last run's `agent.resumed`; and of processor."""
     async with Children(folder) as children:
         model = await start_model(children)
         env = {"CORRAL_MAX_ACTIVE_RUNS": str(runs)}
@@ -38,13 +40,19 @@ async def recover(folder: Path, runs: int) -> tuple[float, float]:
         await children.end(corral.child)
 
         begin = time.perf_counter()
-        await start_corral(children, data_dir, model, env)
+        corral = await start_corral(children, data_dir, model, env)
         listening = time.perf_counter() - begin
         while await asyncio.to_thread(_resumed, data_dir / "corral.db") < runs:
             if time.perf_counter() - begin > PATIENCE_S:
                 raise ChildFailed(f"not all of {runs} runs were taken up within {PATIENCE_S:g} s")
             await asyncio.sleep(0.02)
-        return listening, time.perf_counter() - begin
+        return listening, time.perf_counter() - begin, _processor_s(corral.child.pid)
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds that the process has used, in all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _run_all(corral: Corral, runs: int) -> None:
@@ -94,8 +102,12 @@ async def _main(runs: int, rounds: int) -> None:
         for number in range(rounds):
             folder = Path(name, str(number))
             await asyncio.to_thread(folder.mkdir)
-            listening, resumed = await recover(folder, runs)
-            print(f"{runs} runs: listening after {listening:.2f} s, all taken up after {resumed:.2f} s", flush=True)
+            listening, resumed, used = await recover(folder, runs)
+            print(
+                f"{runs} runs: listening after {listening:.2f} s, all taken up after {resumed:.2f} s; "
+                f"{used:.2f} s of processor",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from corral.governance.caller import Caller
+from corral.protocol.types import Principal
 from tests.core.conftest import OPEN_TOOLS, Open
 from tests.core.test_run import workspace
 from tests.executor.make import until
@@ -153,3 +156,56 @@ async def test_an_abort_at_any_moment_leaves_exactly_one_end(open_house: Open, a
         results = [frame for frame in wire.durable if frame["event"] == "agent.tool_result"]
         assert len(calls) == len(results)
         assert (await wire.effect("agent.run", input="again", sessionId="s1"))["status"] == "accepted"
+
+
+OWNER = Caller(
+    principal=Principal(
+        subject="u_owner",
+        user_id="u_owner",
+        tenant_id="t_default",
+        workspace_ids=["w_default"],
+        roles=["owner"],
+        auth_source="token",
+    ),
+    workspace_id="w_default",
+    trace_id="trace",
+)
+ASKING = {"tools": {"bash.exec": "approval-required"}}
+ASKED = [CallTools([("bash_exec", {"command": "true"})])]
+
+
+async def test_an_abort_that_is_committed_with_a_taking_up_finds_who_drives_the_run(open_house: Open) -> None:
+    async with open_house(ASKED, ASKING) as home, await home.wire() as wire:
+        run_id = (await wire.effect("agent.run", input="go"))["runId"]
+        await wire.event("approval.required")
+        core, store = home.server.core, home.server.store
+        async with asyncio.timeout(60):
+            # While the writer is busy the two wait together, and then share a commit.
+            _, _, answer = await asyncio.gather(
+                store.write(lambda _tx: time.sleep(0.3)),
+                core.continue_("t_default", run_id),
+                core.abort(OWNER, run_id),
+            )
+        assert b'"aborted"' in answer
+
+
+async def test_an_abort_right_after_a_start_waits_until_what_a_dead_gateway_left_is_ended(
+    open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_house(ASKED, ASKING) as home, await home.wire() as wire:
+        run_id = (await wire.effect("agent.run", input="go"))["runId"]
+        await wire.event("approval.required")
+        looking, ended = asyncio.Event(), asyncio.Event()
+
+        async def end_leftovers() -> None:
+            looking.set()
+            await ended.wait()
+
+        monkeypatch.setattr(home.server.executor, "end_leftovers", end_leftovers)
+        frame_id = await wire.start("agent.abort", {"runId": run_id, "idempotencyKey": "k"})
+        async with asyncio.timeout(60):
+            await looking.wait()
+        run = (await wire.request("runs.get", {"runId": run_id}))["run"]
+        assert run["status"] == "waiting_approval"
+        ended.set()
+        assert (await wire.response(frame_id))["payload"]["status"] == "aborted"

@@ -25,7 +25,8 @@ class Full:
         write = store.write
 
         async def refusing(work: Any, on_commit: Callable[[Any], None] | None = None) -> Any:
-            if on_commit == core._taken_up and self.left > 0:
+            takes_up = getattr(on_commit, "func", on_commit) in (core._taken_up, core._all_taken_up)
+            if takes_up and self.left > 0:
                 self.left -= 1
                 raise StoreUnavailable("the store cannot write now")
             return await write(work, on_commit)

@@ -6,7 +6,8 @@ import asyncio
 import base64
 import binascii
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -318,22 +319,23 @@ class CoreService:
         if run_id in self._active:
             self._woken.add(run_id)
         elif not self.draining:
-            task = asyncio.get_running_loop().create_task(self._continue_surely(tenant_id, run_id, steal=False))
+            task = asyncio.get_running_loop().create_task(self._surely(partial(self.continue_, tenant_id, run_id)))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _continue_surely(self, tenant_id: str, run_id: str, *, steal: bool) -> None:
-        """`continue_`, again and again while the store cannot write: nothing else would take the run up before
-        the next start, which finds it if this process drains first."""
+    async def _surely(self, take_up: Callable[[], Awaitable[None]]) -> bool:
+        """Do it again and again while the store cannot write: nothing else would take the runs up before
+        the next start, which finds them if this process drains first. Says whether it was done."""
         delay = _RETRY_FIRST_S
         while not self.draining:
             try:
-                await self.continue_(tenant_id, run_id, steal=steal)
-                return
+                await take_up()
+                return True
             except StoreUnavailable:
-                log.warning("run not taken up yet", extra={"action": "run.wake_failed", "run": run_id})
+                log.warning("runs not taken up yet", extra={"action": "run.wake_failed"})
             await asyncio.sleep(delay)
             delay = min(2 * delay, _RETRY_MOST_S)
+        return False
 
     async def continue_(self, tenant_id: str, run_id: str, *, steal: bool = False) -> None:
         """Take a run up from its journal, if nobody else owns it (`steal`: whoever does).
@@ -342,27 +344,42 @@ class CoreService:
         is dead by then.
         """
         await self._deps.executor.end_leftovers()
-        taken = await self._deps.store.write(lambda tx: self._take_up(tx, tenant_id, run_id, steal), self._taken_up)
-        if taken.number is not None and taken.answer is None:
-            self._drive(tenant_id, run_id, taken.number)
+        # Driven in the commit's own callback: an abort that is committed right behind it must find the loop.
+        await self._deps.store.write(lambda tx: self._take_up(tx, tenant_id, run_id, steal), self._taken_up)
 
     async def recover(self) -> int:
         """Take up every run that was not at its end when its owner died; how many there were.
 
         For a store that this process alone uses: no lease of another is alive. Runs that wait
         for people go on waiting, unless one has decided and nobody had the time to act on it.
+
+        All are taken up before the first goes on: what a run does next takes more of the processor than
+        taking it up, and that it goes on is to be told soon.
         """
+        await self._deps.executor.end_leftovers()
         count, after = 0, None
-        while True:
-            rows = await self._deps.store.read(partial(_unfinished, after))
-            if not rows:
-                return count
-            async with asyncio.TaskGroup() as tasks:
-                for row, idle in rows:
-                    if row.id not in self._active and not idle:
-                        tasks.create_task(self._continue_surely(row.tenant_id, row.id, steal=True))
-                        count += 1
-            after = (rows[-1][0].created_at, rows[-1][0].id)
+        told = asyncio.Event()
+        try:
+            while True:
+                rows = await self._deps.store.read(partial(_unfinished, after))
+                if not rows:
+                    return count
+                wanted = [row for row, idle in rows if row.id not in self._active and not idle]
+                if await self._surely(partial(self._take_batch_up, wanted, told)):
+                    count += len(wanted)
+                after = (rows[-1][0].created_at, rows[-1][0].id)
+        finally:
+            told.set()
+
+    async def _take_batch_up(self, rows: Sequence[RunRow], told: asyncio.Event) -> None:
+        await self._deps.store.write(partial(self._take_all_up, rows), partial(self._all_taken_up, told))
+
+    def _take_all_up(self, rows: Sequence[RunRow], tx: Transaction) -> list[_TakenUp]:
+        return [self._take_up(tx, row.tenant_id, row.id, steal=True) for row in rows]
+
+    def _all_taken_up(self, told: asyncio.Event, results: Sequence[_TakenUp]) -> None:
+        for result in results:
+            self._taken_up(result, after=told)
 
     def _take_up(self, tx: Transaction, tenant_id: str, run_id: str, steal: bool) -> _TakenUp:
         now = self._deps.clock.now_ms()
@@ -370,10 +387,10 @@ class CoreService:
         if steal and before is not None and before.lease_owner == self._owner and before.lease_expires_at is not None:
             # This very process has it: accepted, or woken by a decision, since recovery looked. To steal it from
             # oneself is to fence off the loop that drives it.
-            return _TakenUp(number=None)
+            return _TakenUp(tenant_id=tenant_id, run_id=run_id)
         epoch = tx.runs.claim(tenant_id, run_id, owner=self._owner, now_ms=now, expires_at=now + LEASE_MS, steal=steal)
         if before is None or epoch is None:
-            return _TakenUp(number=None)
+            return _TakenUp(tenant_id=tenant_id, run_id=run_id)
         faults.reached("recover.taking", before.session_id)
         # A call that was under way when the last owner went will not come to its end.
         release(tx, before)
@@ -386,7 +403,7 @@ class CoreService:
         elif run.stalls >= MAX_STALLS:
             message = f"the run took its server down {MAX_STALLS} times without getting on"
             answer = end_run(tx, self._deps, run, failed(ErrorCode.INTERNAL_ERROR, message), now)
-        return _TakenUp(number=epoch, answer=answer)
+        return _TakenUp(tenant_id=tenant_id, run_id=run_id, epoch=epoch, answer=answer)
 
     def _resumed(self, tx: Transaction, before: RunRow, now: int) -> RunRow:
         """Journal that a run whose owner is gone is taken up, and count what that says of it."""
@@ -404,16 +421,20 @@ class CoreService:
         append(tx, run.tenant_id, resumed, now)
         return run
 
-    def _taken_up(self, result: _TakenUp) -> None:
+    def _taken_up(self, result: _TakenUp, *, after: asyncio.Event | None = None) -> None:
+        """After the commit: drive the run, once `after` is set, or tell that it has ended."""
         if result.answer is not None:
             self._run_ended(result.answer)
+        elif result.epoch is not None:
+            self._drive(result.tenant_id, result.run_id, result.epoch, after=after)
 
     # ---- the care for all runs
 
-    def _drive(self, tenant_id: str, run_id: str, epoch: int) -> None:
+    def _drive(self, tenant_id: str, run_id: str, epoch: int, *, after: asyncio.Event | None = None) -> None:
         if self.draining or run_id in self._active:
             return
-        loop = RunLoop(self._deps, tenant_id, run_id, epoch, slot=self._slots, on_end=self._run_ended)
+        slot = self._slots if after is None else _slot_after(after, self._slots)
+        loop = RunLoop(self._deps, tenant_id, run_id, epoch, slot=slot, on_end=self._run_ended)
         self._ended.setdefault(run_id, asyncio.Event())
         task = asyncio.get_running_loop().create_task(loop.drive(), name=run_id)
         self._active[run_id] = _Active(loop, task)
@@ -501,10 +522,19 @@ def _idle(tx: Transaction, run: RunRow) -> bool:
     return all(call.id in approvals and approvals[call.id].status == ApprovalStatus.PENDING for call in calls)
 
 
-class _TakenUp(Struct, kw_only=True):
-    """`number` is the lease's new epoch, None if it was not to be had; `answer` is set if the run ended."""
+@asynccontextmanager
+async def _slot_after(event: asyncio.Event, slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    await event.wait()
+    async with slots:
+        yield
 
-    number: int | None
+
+class _TakenUp(Struct, kw_only=True):
+    """`epoch` is the lease's new one, None if it was not to be had; `answer` is set if the run ended."""
+
+    tenant_id: str
+    run_id: str
+    epoch: int | None = None
     answer: AgentAbortResult | None = None
 
 
