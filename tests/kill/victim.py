@@ -43,7 +43,7 @@ class Client:
     async def ask(self, key: str, method: str, **params: Any) -> Any:
         """The answer. One that was given in an earlier life must be given again, whole."""
         answer = await self.wire.request(method, {**params, "idempotencyKey": f"{self.session} {key}"})
-        assert self.answers.setdefault(key, answer) == answer
+        assert self.answers.setdefault(key, answer) == answer, f"{key}: {self.answers[key]}, then {answer}"
         return answer
 
     async def run(self, **params: Any) -> str:
@@ -112,8 +112,9 @@ class Victim:
             await wire.request("events.subscribe", {"sessionId": session, "after": 0})
             await wire.until(lambda: len(wire.versions(session)) >= len(items), PATIENCE)
             told = [(frame["stateVersion"], frame["event"]) for frame in wire.durable]
-            assert told == [(item["id"], item["event"]) for item in items]
-            assert client.seen <= set(told)  # also in a life that ended before its commit
+            assert told == [(item["id"], item["event"]) for item in items], told
+            # Also in a life that ended before the commit.
+            assert client.seen <= set(told), f"told and not in the journal: {client.seen - set(told)}"
             row = (await wire.request("sessions.get", {"sessionId": session}))["session"]
             assert (row["status"], "activeRunId" in row) == ("idle", False)
             assert (await wire.request("approval.queue", {"sessionId": session}))["items"] == []
