@@ -189,12 +189,13 @@ async def test_a_command_whose_supervisor_dies_is_a_failure_and_is_not_run_again
     await until(lambda: _supervised(prepared), "bubblewrap is there")
     supervisor = supervisor_of(prepared)
     call = asyncio.create_task(bench.bash("echo ran >> effects; sleep 30.125"))
-    await until(lambda: (bench.root / "effects").exists(), "the command runs")
+    effects = bench.root / "effects"
+    await until(lambda: effects.exists() and effects.read_text() == "ran\n", "the command has had its effect")
     os.kill(supervisor, signal.SIGKILL)
     outcome = await call
     assert outcome.error is not None
     assert outcome.error.code == "TOOL_EXEC_FAILED"
-    assert (bench.root / "effects").read_text() == "ran\n"
+    assert effects.read_text() == "ran\n"
     await until(lambda: not processes_with("sleep\x0030.125"), "the command is dead")
 
 
