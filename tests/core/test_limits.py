@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from corral.clock import SystemClock
 from corral.config import ModelSettings
 from tests.core.conftest import Open
 from tests.core.test_run import finished
+from tests.support.house import house
 from tests.support.model_server import CallTools, Hang, Say, Status, conversation
 
 AGAIN = CallTools([("file_list", {})])
@@ -113,3 +116,25 @@ async def test_a_model_of_no_known_provider_is_refused_before_anything_is_made(o
         params = {"input": "x", "idempotencyKey": "k", "sessionId": "s1", "model": model}
         assert (await wire.call("agent.run", params))["error"]["code"] == "INVALID_REQUEST"
         assert (await wire.request("sessions.get", {"sessionId": "s1"}))["session"] is None
+
+
+class Later(SystemClock):
+    """A clock that is `ahead` milliseconds ahead."""
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self._ahead
+
+
+async def test_the_time_between_an_orderly_stop_and_the_next_start_is_not_the_runs(tmp_path: Path) -> None:
+    script = conversation([[Hang(after=2), Say("at last")]])
+    async with house(tmp_path / "data", script=script) as home, await home.wire() as wire:
+        await wire.effect("agent.run", input="go", sessionId="s1", limits={"timeoutMs": 300_000})
+        await wire.event("agent.delta")
+    tomorrow = Later(24 * 3600 * 1000)
+    async with house(tmp_path / "data", script=[Say("at last")], clock=tomorrow) as home, await home.wire() as wire:
+        await wire.request("events.subscribe", {"sessionId": "s1", "after": 0})
+        ended = await wire.frame(lambda frame: frame.get("event") in ("agent.completed", "agent.failed"))
+        assert ended["event"] == "agent.completed", ended

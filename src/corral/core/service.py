@@ -409,8 +409,10 @@ class CoreService:
         """Journal that a run whose owner is gone is taken up, and count what that says of it."""
         # Who let go of a run in good order (`drain`) has no lease on it; only a death counts.
         expired_at = before.lease_expires_at
-        down = now - (expired_at - LEASE_MS) if expired_at is not None else 0
+        since = expired_at - LEASE_MS if expired_at is not None else before.waiting_since
+        down = now - since if since is not None else 0
         changes: dict[str, Any] = {
+            "waiting_since": None,
             "attempts": before.attempts + 1,
             "stalls": before.stalls + (expired_at is not None),
             "waited_ms": before.waited_ms + max(0, down),
@@ -491,12 +493,17 @@ class CoreService:
 
     async def _let_go(self) -> None:
         """Give the leases up, so that the next start knows that nobody died."""
-        owner = self._owner
+        owner, now = self._owner, self._deps.clock.now_ms()
 
         def unit(tx: Transaction) -> None:
             for row in tx.runs.unfinished(10_000):
-                if row.lease_owner == owner:
-                    tx.runs.update(row.tenant_id, row.id, epoch=row.lease_epoch, lease_expires_at=None)
+                if row.lease_owner != owner:
+                    continue
+                changes: dict[str, Any] = {"lease_expires_at": None}
+                if row.status == RunStatus.RUNNING:
+                    # Until the next start, which may be tomorrow, its time does not run.
+                    changes["waiting_since"] = now
+                tx.runs.update(row.tenant_id, row.id, epoch=row.lease_epoch, **changes)
 
         try:
             await self._deps.store.write(unit)
