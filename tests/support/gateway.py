@@ -56,7 +56,7 @@ class Gateway:
         return (self.data_dir.parent / "gateway.log").read_text()
 
     async def spawn(self, port: int = 0, *, fault: str | None = None) -> asyncio.subprocess.Process:
-        """The process, without waiting until it listens. `fault` is where it shall end by itself; see `corral.faults`."""
+        """The process, without waiting until it listens. `fault`: where it shall end by itself; see `corral.faults`."""
         env = self._env if fault is None else {**self._env, faults.VARIABLE: fault}
         arguments = [*self._program, "--port", str(port), "--data-dir", str(self.data_dir), *self._arguments]
         with (self.data_dir.parent / "gateway.log").open("ab") as log:

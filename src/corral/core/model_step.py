@@ -42,7 +42,7 @@ from corral.protocol.errors import CorralError, ErrorCode, InternalError, Policy
 from corral.protocol.events import AgentMessage
 from corral.protocol.methods import AgentAbortResult
 from corral.protocol.types import Usage
-from corral.storage.events import append, append_changing
+from corral.storage.events import append_changing
 from corral.storage.repositories import Transaction
 from corral.storage.rows import ApprovalRow, MessageRow, RunRow, ToolRunRow
 from corral.tracing import Record, Stopwatch

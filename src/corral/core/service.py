@@ -75,7 +75,7 @@ class CoreService:
         self._ended: dict[str, asyncio.Event] = {}
         self._abort_waiters: dict[str, list[Callable[[bytes], None]]] = {}
         self._woken: set[str] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[bool]] = set()
         self.draining = False
         deps.store.add_listener(self._hear)
 
