@@ -18,6 +18,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "file.write": {"path": "a", "content": ""},
     "file.edit": {"path": "a", "old": "x", "new": ""},
     "http.request": {"url": "https://example.com", "method": "POST", "headers": {"X-A": "b"}, "body": "{}"},
+    "memory.read": {"day": "2026-01-31"},
+    "memory.append": {"text": "a note", "to": "memory"},
+    "memory.search": {"pattern": "x"},
 }
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("bash.exec", {"command": "ls", "timeoutMs": "5"}, "$.timeoutMs: expected integer, got string"),
@@ -41,6 +44,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("process.exec", {"argv": ["ls", "\0"]}, "$.argv[1]: a NUL character is not possible here"),
     ("file.read", {"path": "a", "offset": 0}, "$.offset: expected integer >= 1"),
     ("http.request", {"url": "x", "headers": {"a b": "c"}}, "$.headers: "),
+    ("memory.read", {"day": "../../etc/x"}, "$.day: expected string of another form"),
+    ("memory.read", {"day": "2026-01-31\n"}, "$.day: expected string of another form"),
+    ("memory.append", {"text": "a", "to": "../x"}, "$.to: "),
+    ("memory.append", {"text": ""}, "$.text: expected string of length >= 1"),
 ]
 
 
@@ -94,8 +101,12 @@ def test_the_tools_have_the_risks_of_the_protocol_and_only_reads_are_repeatable(
         "file.write": "medium",
         "file.edit": "medium",
         "http.request": "high",
+        "memory.read": "low",
+        "memory.append": "medium",
+        "memory.search": "low",
     }
-    assert {spec.name for spec in catalogue.SPECS if spec.repeatable} == {"file.read", "file.list", "file.search"}
+    repeatable = {spec.name for spec in catalogue.SPECS if spec.repeatable}
+    assert repeatable == {"file.read", "file.list", "file.search", "memory.read", "memory.search"}
 
 
 def test_schemas_stand_alone_and_allow_no_unknown_argument() -> None:

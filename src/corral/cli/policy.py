@@ -59,6 +59,9 @@ _ARGUMENTS = {
     "file.write": ("path", "content"),
     "file.edit": ("path", "old", "new"),
     "http.request": ("url", "method"),
+    "memory.read": ("day",),
+    "memory.append": ("text", "to"),
+    "memory.search": ("pattern",),
 }
 
 

@@ -118,6 +118,17 @@ class ToolExecutor(Protocol):
         """
         ...
 
+    async def notes(self, context: CallContext, characters: int) -> str:
+        """What the folder's memory says, marked as data for the model; empty if there is nothing.
+
+        At most so many characters of the files, with a line where something was left out.
+        """
+        ...
+
+    async def takes_notes(self, context: CallContext) -> bool:
+        """Whether `memory.append` could write in this context's folder, as far as is known beforehand."""
+        ...
+
     def leftover(self, run_id: str) -> list[str]:
         """Processes of the run that are known to live on (`bashMode: host` only), as `pid: command`."""
         ...

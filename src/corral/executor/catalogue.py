@@ -7,7 +7,7 @@ the first call of a run would have waited for.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -105,6 +105,36 @@ class HttpRequest(Arguments, kw_only=True, frozen=True):
     body: Annotated[str, Meta(max_length=1_000_000, description="The request's body.")] | None = None
 
 
+class MemoryRead(Arguments, kw_only=True, frozen=True):
+    day: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}(?![\\s\\S])",
+                description="A day (UTC), as YYYY-MM-DD; by default MEMORY.md and the last two days.",
+            ),
+        ]
+        | None
+    ) = None
+
+
+class MemoryAppend(Arguments, kw_only=True, frozen=True):
+    text: Annotated[str, Meta(min_length=1, max_length=16_000, description="The note: lines of Markdown.")]
+    to: (
+        Annotated[
+            Literal["day", "memory"],
+            Meta(description="`day`, today's notes (the default), or `memory`, what holds for good: MEMORY.md."),
+        ]
+        | None
+    ) = None
+
+
+class MemorySearch(Arguments, kw_only=True, frozen=True):
+    pattern: Annotated[
+        str, Meta(min_length=1, max_length=1000, description="A regular expression (Python's syntax), for one line.")
+    ]
+
+
 def _spec(name: str, arguments: type[Arguments], risk: Risk, effect: Effect, description: str) -> ToolSpec:
     return ToolSpec(
         name=name,
@@ -137,6 +167,9 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "file.write": FileWrite,
     "file.edit": FileEdit,
     "http.request": HttpRequest,
+    "memory.read": MemoryRead,
+    "memory.append": MemoryAppend,
+    "memory.search": MemorySearch,
 }
 look_through(*ARGUMENTS.values())
 
@@ -203,6 +236,31 @@ SPECS: tuple[ToolSpec, ...] = (
         "at_most_once",
         """Make an HTTP request to a public address and return status, headers and body as text. Private and
         local addresses are refused.""",
+    ),
+    _spec(
+        "memory.read",
+        MemoryRead,
+        "low",
+        "repeatable",
+        """Read the notes that are kept in the working directory for later sessions: MEMORY.md and the notes of the
+        last two days, or those of one day.""",
+    ),
+    _spec(
+        "memory.append",
+        MemoryAppend,
+        "medium",
+        "at_most_once",
+        """Add a note for later sessions to today's notes or to MEMORY.md. Write down what will be needed and cannot
+        be seen from the files: decisions and their reasons, what the person wants, what is still to do. No
+        secrets.""",
+    ),
+    _spec(
+        "memory.search",
+        MemorySearch,
+        "low",
+        "repeatable",
+        """Search all notes (MEMORY.md and those of every day) for a regular expression. Results are lines of the
+        form path:line: text.""",
     ),
 )
 

@@ -44,20 +44,20 @@ class Files:
         self._hidden = tuple(hidden)
 
     async def read(self, args: FileRead, context: CallContext) -> Result:
-        return await self._in_thread(lambda jail: _read(jail, args), context)
+        return await self.in_thread(lambda jail: _read(jail, args), context)
 
     async def list(self, args: FileList, context: CallContext) -> Result:
-        return await self._in_thread(lambda jail: _list(jail, args.path or "."), context)
+        return await self.in_thread(lambda jail: _list(jail, args.path or "."), context)
 
     async def write(self, args: FileWrite, context: CallContext) -> Result:
-        return await self._in_thread(lambda jail: _write(jail, args), context)
+        return await self.in_thread(lambda jail: _write(jail, args), context)
 
     async def edit(self, args: FileEdit, context: CallContext) -> Result:
-        return await self._in_thread(lambda jail: _edit(jail, args), context)
+        return await self.in_thread(lambda jail: _edit(jail, args), context)
 
     async def search(self, args: FileSearch, context: CallContext) -> Result:
         path = args.path or "."
-        start, name = await self._in_thread(
+        start, name = await self.in_thread(
             lambda jail: _search_start(jail, path), context, discard=lambda found: os.close(found[0])
         )
         try:
@@ -88,7 +88,7 @@ class Files:
             raise ToolExecFailed("the search failed; use a simpler pattern or a narrower path")
         return Result(text=ended.stdout.text() or "no matches\n")
 
-    async def _in_thread(
+    async def in_thread(
         self, work: Callable[[Jail], T], context: CallContext, discard: Callable[[T], None] | None = None
     ) -> T:
         """Run `work` on an open jail in a thread.

@@ -8,15 +8,18 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from corral.clock import Clock, SystemClock
 from corral.executor import catalogue
 from corral.executor.api import CallContext, Failure
 from corral.executor.catalogue import Arguments
 from corral.executor.files import Files
 from corral.executor.http import Fetcher
 from corral.executor.leftovers import VARIABLE
+from corral.executor.memory import Memory
 from corral.executor.output import Result, joined
 from corral.executor.processes import Ended, LauncherLost, Prepared, Processes, Program
 from corral.executor.ready import ReadySandboxes
@@ -41,6 +44,7 @@ class LocalDriver:
         fetcher: Fetcher,
         mark: str | None = None,
         sandbox_path: str | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """`hidden` are folders that no tool may see even inside a session's folder (the data
         directory); `mark` tells this data directory's processes from all others (`leftovers.py`);
@@ -53,6 +57,8 @@ class LocalDriver:
         # Threads of its own: a slow disk must not use up those that the rest of the gateway shares.
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="corral-tool")
         self._files = Files(self._threads, self._processes, hidden)
+        clock = clock or SystemClock()
+        self.memory = Memory(self._files, lambda: datetime.fromtimestamp(clock.now_ms() / 1000, UTC).date())
         self._fetcher = fetcher
         self._leftover: dict[str, list[str]] = {}
         self._tools: dict[type[Arguments], Callable[[Any, CallContext], Awaitable[Result]]] = {
@@ -64,6 +70,9 @@ class LocalDriver:
             catalogue.FileWrite: self._files.write,
             catalogue.FileEdit: self._files.edit,
             catalogue.HttpRequest: self._fetcher.request,
+            catalogue.MemoryRead: self.memory.read,
+            catalogue.MemoryAppend: self.memory.append,
+            catalogue.MemorySearch: self.memory.search,
         }
 
     async def ready(self, context: CallContext) -> None:

@@ -17,6 +17,7 @@ from corral.executor.api import Call, CallContext, Failure, ToolOutcome, ToolSpe
 from corral.executor.catalogue import Arguments
 from corral.executor.http import Fetcher
 from corral.executor.local import LocalDriver
+from corral.executor.memory import Memory
 from corral.executor.output import Result, bounded
 from corral.protocol.errors import CorralError, ErrorCode, SandboxUnavailable
 from corral.protocol.types import RuntimeMode
@@ -24,10 +25,14 @@ from corral.protocol.types import RuntimeMode
 log = logging.getLogger(__name__)
 
 _LARGE = 256 * 1024
+MEMORY_TOOLS = frozenset({"memory.read", "memory.append", "memory.search"})
 
 
 class Driver(Protocol):
     """Runs calls in one runtime mode. `LocalDriver` says what each method does."""
+
+    @property
+    def memory(self) -> Memory: ...
 
     async def ready(self, context: CallContext) -> None: ...
 
@@ -53,6 +58,7 @@ class Executor:
         sandbox_path: str | None = None,
         ask_again: Collection[str] = (),
         mark: str | None = None,
+        memory: bool = True,
     ) -> None:
         """`data_dir` is Corral's own directory, which no tool sees even where it lies inside a session's
         folder. `allowed_private` are (host, port) that http.request may reach although their addresses
@@ -60,8 +66,10 @@ class Executor:
         `ask_again` names tools whose interrupted calls a person is asked about: their effect is `ask`. Raises
         ValueError for a name that is none of a tool's, or of one that is simply run again. `mark` is what the
         processes of one data directory have in common (`leftovers.mark_for`), over the lives of its gateways.
+        Without `memory` there are no memory tools.
         """
         self._clock = clock or SystemClock()
+        self._left_out = frozenset() if memory else MEMORY_TOOLS
         self._specs = {spec.name: _asking(spec) if spec.name in ask_again else spec for spec in catalogue.SPECS}
         if unknown := sorted(set(ask_again) - set(self._specs)):
             raise ValueError(f"{unknown[0]} is no tool; the tools are {', '.join(self._specs)}")
@@ -73,16 +81,19 @@ class Executor:
                 fetcher=Fetcher(allowed_private=allowed_private),
                 mark=mark,
                 sandbox_path=sandbox_path,
+                clock=self._clock,
             )
         }
 
     def specs(self) -> list[ToolSpec]:
-        return list(self._specs.values())
+        return [spec for name, spec in self._specs.items() if name not in self._left_out]
 
     def spec(self, tool_name: str) -> ToolSpec | None:
-        return self._specs.get(tool_name)
+        return None if tool_name in self._left_out else self._specs.get(tool_name)
 
     def check(self, tool_name: str, args: dict[str, Any]) -> str | None:
+        if tool_name in self._left_out:
+            return f"there is no tool {tool_name!r}: the server is set up without memory"
         return catalogue.problem(tool_name, args)
 
     async def ready(self, context: CallContext) -> None:
@@ -103,6 +114,12 @@ class Executor:
             truncated=truncated,
             full=full,
         )
+
+    async def notes(self, context: CallContext, characters: int) -> str:
+        return await self._driver(context).memory.notes(context, characters)
+
+    async def takes_notes(self, context: CallContext) -> bool:
+        return await self._driver(context).memory.writable(context)
 
     def leftover(self, run_id: str) -> list[str]:
         return [entry for driver in self._drivers.values() for entry in driver.leftover(run_id)]

@@ -64,6 +64,9 @@ BUILT_IN = PolicyDocument(
         "file.search": "allow",
         "file.write": "approval-required",
         "file.edit": "approval-required",
+        "memory.read": "allow",
+        "memory.search": "allow",
+        "memory.append": "approval-required",
     },
 )
 
