@@ -175,7 +175,7 @@ def _setting_type(kind: Any) -> str:
     text = re.sub(
         r"typing\.|pathlib\.(_local\.)?|datetime\.", "", str(kind) if not isinstance(kind, type) else kind.__name__
     )
-    if bounds := re.search(r"Annotated\[(\w+), .*?ge=(\d+)(?:, le=(\d+))?", text):
+    if bounds := re.search(r"Annotated\[(\w+), .*?ge=([\d.]+)(?:, le=([\d.]+))?", text):
         return f"{bounds[1]}, {bounds[2]} to {bounds[3]}" if bounds[3] else f"{bounds[1]}, {bounds[2]} or more"
     text = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", text)
     if text.startswith("Literal["):

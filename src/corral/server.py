@@ -159,6 +159,8 @@ class Server:
             fallbacks=settings.fallbacks,
             tool_timeout_ms=settings.tool_timeout_ms,
             run_timeout_ms=settings.run_timeout_ms,
+            compaction_threshold=settings.compaction_threshold,
+            memory=settings.memory,
         )
         self.approvals = Approvals(
             clock,
@@ -388,6 +390,7 @@ def _executor(settings: Settings, clock: Clock, environ: dict[str, str]) -> Exec
             data_dir=settings.data_dir,
             environ=environ,
             ask_again=settings.ask_again,
+            memory=settings.memory,
             mark=mark_for(settings.data_dir, ensure_token_key(settings.data_dir)),
         )
     except ValueError as error:

@@ -277,6 +277,20 @@ class RowsAndOrders:
                 tx.messages.insert(message(version))
             assert [m.version for m in tx.messages.of_session(A, "s_1")] == [2, 5, 9]
             assert [m.version for m in tx.messages.of_session(A, "s_1", after_version=2)] == [5, 9]
+            assert tx.messages.get(A, "s_1", 5) == message(5)
+            assert tx.messages.get(A, "s_1", 6) is None
+
+        await store.write(work)
+
+    async def test_the_newest_entry_of_a_role_in_a_session_is_found(self, store: Store) -> None:
+        def work(tx: Transaction) -> None:
+            for name in ("s_1", "s_2"):
+                tx.sessions.insert(session(name))
+                for version, role in ((0, "notes"), (3, "summary"), (7, "summary"), (9, "user")):
+                    tx.messages.insert(message(version, session_id=name, role=role))
+            tx.messages.insert(message(12, session_id="s_2", role="summary"))
+            assert tx.messages.latest(A, "s_1", "summary") == message(7, role="summary")
+            assert tx.messages.latest(A, "s_1", "flush") is None
 
         await store.write(work)
 
@@ -533,6 +547,8 @@ READS: dict[str, Callable[[Transaction, str], Any]] = {
     "runs.get": lambda tx, t: [tx.runs.get(t, name) for name in ("run_1", "run_2")],
     "runs.lease": lambda tx, t: [tx.runs.lease(t, name) for name in ("run_1", "run_2")],
     "messages.of_session": lambda tx, t: tx.messages.of_session(t, "s_1"),
+    "messages.get": lambda tx, t: tx.messages.get(t, "s_1", 1),
+    "messages.latest": lambda tx, t: tx.messages.latest(t, "s_1", "user"),
     "tool_runs.get": lambda tx, t: tx.tool_runs.get(t, "call_1"),
     "tool_runs.of_run": lambda tx, t: tx.tool_runs.of_run(t, "run_1"),
     "outputs.read": lambda tx, t: [tx.outputs.read(t, name, 0, 9) for name in ("call_1", "call_2")],

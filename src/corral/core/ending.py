@@ -10,6 +10,7 @@ from msgspec import UNSET, Struct
 from corral.core.calls import call_event, interrupted, result_event, result_message
 from corral.core.journal import apply_mode, run_usage
 from corral.core.state import Deps
+from corral.core.transcript import flush_state
 from corral.executor.api import ToolOutcome
 from corral.governance.audit import Audit, Outcome
 from corral.governance.budgets import release
@@ -103,6 +104,9 @@ def end_run(
     tx.runs.update(run.tenant_id, run.id, lease_expires_at=None, waiting_since=None, **changes)
     tx.metrics.add(run_fact(run, str(ending.status), ending.code, calls, now_ms))
     _record_end(tx, deps.audit, run, ending)
+    if session.memory_flush_state == "pending":
+        session.memory_flush_state = flush_state(tx, session)
+        tx.sessions.update(run.tenant_id, run.session_id, memory_flush_state=session.memory_flush_state)
     if session.queued_runtime_mode is not None:
         apply_mode(tx, session, session.queued_runtime_mode, now_ms)
     answer = AgentAbortResult(

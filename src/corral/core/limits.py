@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET, Struct
 
-from corral.governance.budgets import LEAST_ANSWER, LONGEST_ANSWER, Call, limits_cost
+from corral.governance.budgets import LEAST_ANSWER, LONGEST_ANSWER, Call, call_cost, limits_cost
 from corral.governance.policy import DEFAULT_MAX_STEPS, EffectivePolicy
 from corral.models.api import ModelInfo, ModelRequest, Models
 from corral.models.tokens import request_tokens
@@ -45,6 +45,15 @@ class Limits(Struct, kw_only=True, frozen=True):
             raise LimitReached(f"the run has used up its {self.max_tokens} tokens")
         if self.max_cost_usd is not None and (run.cost_usd is None or run.cost_usd >= self.max_cost_usd):
             raise BudgetExceeded(f"the run has used up its {self.max_cost_usd} US dollars")
+
+    def check_optional(self, run: RunRow, call: Call) -> None:
+        """Raise LimitReached or BudgetExceeded if a call that the run can do without could use up what is left."""
+        tokens = run.input_tokens + run.output_tokens + call.input_tokens + call.output_tokens
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            raise LimitReached(f"what is left of the run's {self.max_tokens} tokens does not pay for it")
+        cost = (run.cost_usd or 0.0) + (call_cost(call, call.output_tokens) or 0.0)
+        if self.max_cost_usd is not None and cost >= self.max_cost_usd:
+            raise BudgetExceeded(f"what is left of the run's {self.max_cost_usd} US dollars does not pay for it")
 
     def affordable(self, chain: Sequence[str], models: Models) -> list[str]:
         """The models of the chain that a run under these limits may use; never empty.

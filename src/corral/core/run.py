@@ -17,6 +17,7 @@ from typing import Any
 from msgspec import structs
 
 from corral import faults
+from corral.core.compaction import Compaction
 from corral.core.ending import Ending, aborted, end_run, failed
 from corral.core.limits import limits_of
 from corral.core.model_step import ModelStep
@@ -57,6 +58,7 @@ class RunLoop:
         self._run_id = run_id
         self._fence = Fence(deps.store, tenant_id, run_id, epoch)
         self._model = ModelStep(deps, self._fence, on_end)
+        self._compaction = Compaction(deps, self._fence, self._model)
         self._tools = ToolStep(deps, self._fence)
         self._aborting = False
         self._leaving = False
@@ -166,13 +168,14 @@ class RunLoop:
 
     async def _steps(self, state: Loaded) -> Ending | None:
         context = await self._context(state)
+        await self._compaction.open(state, context)
         fresh = False
         while not self._leaving:
             if state.open_calls:
                 if await self._tools.take(state, context, fresh=fresh):
                     return None
                 continue
-            if await self._model.take(state, context):
+            if not await self._compaction.take(state, context) and await self._model.take(state, context):
                 return None
             fresh = True
         return None

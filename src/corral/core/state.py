@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 from msgspec import Struct
 
 from corral.bus.api import Bus
 from corral.clock import Clock
+from corral.core.transcript import Measured, Opening, load_transcript
 from corral.executor.api import CallContext, ToolExecutor
 from corral.governance.approvals import Approvals
 from corral.governance.audit import Audit
@@ -50,6 +50,8 @@ class RunOptions(Struct, kw_only=True, frozen=True):
     fallbacks: Sequence[str]
     tool_timeout_ms: int
     run_timeout_ms: int
+    compaction_threshold: float
+    memory: bool
 
 
 class Deps(Struct, kw_only=True, frozen=True):
@@ -72,13 +74,17 @@ class Loaded(Struct, kw_only=True):
     """A run as the store has it.
 
     `open_calls` are its last message's calls without a result, `approvals` those of the run by
-    tool call.
+    tool call. `opening`, `messages`, `measured`, `notes_due` and `flush` are the transcript's.
     """
 
     run: RunRow
     session: SessionRow
     agent: AgentRow | None
+    opening: Opening
     messages: list[Message]
+    measured: Measured
+    notes_due: bool
+    flush: frozenset[str] | None
     open_calls: list[ToolRunRow]
     approvals: dict[str, ApprovalRow]
     policy: EffectivePolicy
@@ -90,14 +96,18 @@ def load(tx: Transaction, tenant_id: str, run_id: str) -> Loaded:
     session = tx.sessions.get(tenant_id, run.session_id) if run is not None else None
     if run is None or session is None or RunStatus(run.status).terminal:
         raise LeaseLost
-    rows = tx.messages.of_session(tenant_id, session.id)
+    transcript = load_transcript(tx, run, session)
     # The calls of a message are written with the step that it is.
     open_calls, approvals = open_calls_of(tx, run) if run.steps else ([], {})
     return Loaded(
         run=run,
         session=session,
         agent=tx.agents.get(tenant_id, run.workspace_id, run.agent_id),
-        messages=[msgspec.convert(row.content, Message) for row in rows],
+        opening=transcript.opening,
+        messages=transcript.messages,
+        measured=transcript.measured,
+        notes_due=transcript.notes_due,
+        flush=transcript.flush,
         open_calls=open_calls,
         approvals=approvals,
         policy=policy_of(tx, run),

@@ -179,7 +179,8 @@ class ToolStep:
             return record_result(tx, self._deps.audit, state.run, row, outcome, now, edited=edited)
 
         message = await self._fence.commit(unit)
-        state.messages.append(message)
+        if row.id not in (state.flush or ()):
+            state.messages.append(message)
         state.open_calls = [call for call in state.open_calls if call.id != row.id]
 
     async def _interrupted(self, state: Loaded, context: CallContext, row: ToolRunRow) -> bool:
@@ -196,7 +197,8 @@ class ToolStep:
             return message, asked, _parked_or_open(tx, state.run, now) if asked else None
 
         message, asked, still_open = await self._fence.commit(unit)
-        state.messages.append(message)
+        if row.id not in (state.flush or ()):
+            state.messages.append(message)
         if asked:
             return self._is_parked(state, still_open)
         state.open_calls = [call for call in state.open_calls if call.id != row.id]

@@ -79,7 +79,7 @@ def reserve(tx: Transaction, run: RunRow, policy: EffectivePolicy, call: Call, d
     for layer, scope in scopes.items():
         taken = tx.usage.taken(run.tenant_id, scope, day)
         output = min(output, _room(layer, limited[layer], taken, call))
-    tokens, cost = call.input_tokens + output, _cost(call, output) or 0.0
+    tokens, cost = call.input_tokens + output, call_cost(call, output) or 0.0
     for scope in scopes.values():
         tx.usage.reserve(run.tenant_id, run.id, UsageRow(scope=scope, day=day, steps=1, tokens=tokens, cost_usd=cost))
     return output
@@ -116,16 +116,20 @@ def _room(layer: str, limits: DayLimits, taken: UsageRow, call: Call) -> int:
     return room
 
 
-def _cost(call: Call, output_tokens: int) -> float | None:
+def call_cost(call: Call, output_tokens: int) -> float | None:
+    """US dollars that a call with such an answer costs at most; None where a price is not known."""
     if call.input_usd_per_million is None or call.output_usd_per_million is None:
         return None
     return (call.input_tokens * call.input_usd_per_million + output_tokens * call.output_usd_per_million) / 1e6
 
 
-def settle(tx: Transaction, run: RunRow, day: int, tokens: int, cost_usd: float | None) -> None:
-    """Count a step that was made, in the transaction of its message, and let its reservation go."""
+def settle(tx: Transaction, run: RunRow, day: int, tokens: int, cost_usd: float | None, *, steps: int = 1) -> None:
+    """Count a step that was made, in the transaction of its message, and let its reservation go.
+
+    `steps` is 0 for a call that is paid for and makes no step: a compaction's.
+    """
     scopes = [scope_key(run.tenant_id, run.workspace_id, layer, run.agent_id) for layer in _LAYERS]
-    used = [UsageRow(scope=scope, day=day, steps=1, tokens=tokens, cost_usd=cost_usd or 0.0) for scope in scopes]
+    used = [UsageRow(scope=scope, day=day, steps=steps, tokens=tokens, cost_usd=cost_usd or 0.0) for scope in scopes]
     tx.usage.add(run.tenant_id, *used)
     tx.usage.release(run.tenant_id, run.id)
 

@@ -30,6 +30,14 @@ def text_tokens(text: str) -> int:
     return (len(raw) - others + 3) // 4 + (others + 1) // 2
 
 
+def first_of(text: str, tokens: int) -> str:
+    """A beginning of the text of at most so many tokens, but at least one character of it."""
+    part = text[: max(1, tokens * 4)]
+    while (size := text_tokens(part)) > tokens and len(part) > 1:
+        part = part[: max(1, len(part) * tokens // size)]
+    return part
+
+
 def message_tokens(message: Message) -> int:
     """The estimate for one message with everything in it."""
     if isinstance(message, UserMessage):

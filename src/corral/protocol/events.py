@@ -114,7 +114,8 @@ class SessionUpdated(Wire, kw_only=True, frozen=True):
 
 
 class SessionCompacted(Wire, kw_only=True, frozen=True):
-    """`before` and `after` are tokens."""
+    """The older history was summarised, in the middle of a run. `before` and `after` are the tokens of a request
+    with the history as it was and as it is now, estimated where no provider has counted."""
 
     session_id: str
     before: int

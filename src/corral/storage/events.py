@@ -16,13 +16,22 @@ from corral.storage.rows import JournalEntry, SessionRow
 _NAMES = {payload: name for name, payload in EVENTS.items() if payload is not Approval}
 
 
-def append(tx: Transaction, tenant_id: str, payload: Wire, now_ms: int, *, event: str | None = None) -> JournalEntry:
+def append(
+    tx: Transaction,
+    tenant_id: str,
+    payload: Wire,
+    now_ms: int,
+    *,
+    event: str | None = None,
+    run_id: str | None = None,
+) -> JournalEntry:
     """Journal one event; its session and run are fields of the payload, its name follows from its type.
 
-    `event` names it where the type alone does not (`approval.required`, `approval.resolved`).
+    `event` names it where the type alone does not (`approval.required`, `approval.resolved`). `run_id` is
+    the run of an event whose payload does not name one (`session.compacted`).
     """
     fields: Any = payload
-    run_id: str | None = getattr(payload, "run_id", None)
+    run_id = getattr(payload, "run_id", run_id)
     name = event or _NAMES[type(payload)]
     encoded = msgspec.json.encode(payload)
     return tx.journal.append(tenant_id, fields.session_id, name, encoded, run_id=run_id, now_ms=now_ms)

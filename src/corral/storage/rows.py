@@ -97,14 +97,18 @@ class MessageRow(Struct, kw_only=True):
     """One entry of the transcript that the model sees; `version` is its place in the journal.
 
     `content` is the JSON of a `corral.models.api` message: what the journal's event shows
-    and what only the model needs (its own call ids, reasoning to be sent back).
+    and what only the model needs (its own call ids, reasoning to be sent back). Of the other roles it is
+
+    - `notes`: `{text}`, what the memory's files said when the session began; its version is 0, before all events;
+    - `summary`: `{through, summary, notes}`, which stands for every entry up to version `through`;
+    - `flush`: the model's message in a silent step, which later requests do not hold, nor its calls' results.
     """
 
     tenant_id: str
     session_id: str
     version: int
     run_id: str
-    role: Literal["user", "assistant", "tool"]
+    role: Literal["user", "assistant", "tool", "notes", "summary", "flush"]
     content: Any
     created_at: int
 

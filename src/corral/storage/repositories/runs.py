@@ -140,6 +140,10 @@ _TRANSCRIPT = (
     .where(is_(_m.tenant_id), is_(_m.session_id), _m.version > bound("version", _m.version))
     .order_by(_m.version)
 )
+_GET_MESSAGE = _MESSAGE.select().where(is_(_m.tenant_id), is_(_m.session_id), is_(_m.version))
+_LATEST = (
+    _MESSAGE.select().where(is_(_m.tenant_id), is_(_m.session_id), is_(_m.role)).order_by(_m.version.desc()).limit(1)
+)
 
 
 class Messages(Repository):
@@ -149,9 +153,18 @@ class Messages(Repository):
         self._connection.execute(_INSERT_MESSAGE, _MESSAGE.values(row))
 
     def of_session(self, tenant_id: str, session_id: str, *, after_version: int = 0) -> list[MessageRow]:
-        """The transcript, by version ascending."""
+        """The transcript after a version, by version ascending."""
         values = {"b_tenant_id": tenant_id, "b_session_id": session_id, "b_version": after_version}
         return _MESSAGE.all(self._connection.execute(_TRANSCRIPT, values))
+
+    def get(self, tenant_id: str, session_id: str, version: int) -> MessageRow | None:
+        values = {"b_tenant_id": tenant_id, "b_session_id": session_id, "b_version": version}
+        return _MESSAGE.one(self._connection.execute(_GET_MESSAGE, values))
+
+    def latest(self, tenant_id: str, session_id: str, role: str) -> MessageRow | None:
+        """The newest entry of a role. Read backwards from the end: quick where there is one not long ago."""
+        values = {"b_tenant_id": tenant_id, "b_session_id": session_id, "b_role": role}
+        return _MESSAGE.one(self._connection.execute(_LATEST, values))
 
 
 _INSERT_TOOL_RUN = insert(t.tool_runs)
