@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -264,3 +265,22 @@ async def test_a_run_goes_on_on_the_screen_when_its_gateway_is_killed_and_starte
     assert command.err.count("● file.list") == 1
     assert "connected again" in command.err
     assert "has taken the run up (attempt 2)" in command.err
+
+
+async def test_a_compaction_is_told_between_the_steps(tmp_path: Path, model: ModelServer) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir(mode=0o700)
+    (data_dir / "corral.toml").write_text('[models."openai-chat:scripted"]\ncontext_window = 6000\n')
+    env = {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k", "CORRAL_MODEL": "openai-chat:scripted"}
+    model.set_script([Say("First."), Say("In short."), Say("Second.")])
+    async with Gateway(data_dir, env):
+        text = "filler " * 2000
+        await call("run", "--session", "one", "-", data_dir=data_dir, stdin=text)
+        code, out, err = await call("run", "--session", "one", "-", data_dir=data_dir, stdin=text)
+        _, shown, _ = await call("sessions", "show", "one", data_dir=data_dir)
+        _, written, _ = await call("sessions", "export", "one", "--format", "markdown", data_dir=data_dir)
+    assert (code, out) == (0, "Second.\n")
+    (told,) = [line for line in err.splitlines() if "summarised" in line]
+    assert re.match(r"– the older part of the conversation was summarised: \d,\d{3} tokens became \d,\d{3}", told)
+    assert "summarised   once; notes before that: skipped" in shown
+    assert re.search(r"summarised \(\d,\d{3} tokens became \d,\d{3}\):\*\n\n```\nIn short.\n```", written)

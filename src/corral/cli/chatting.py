@@ -25,7 +25,7 @@ from corral.cli.turn import Turn, exit_code
 from corral.client import Corral, Event
 from corral.config import Settings
 from corral.protocol.errors import CorralError, SessionBusy
-from corral.protocol.events import AgentToolResult
+from corral.protocol.events import AgentToolResult, SessionCompacted
 from corral.protocol.types import Approval, Session
 
 FOREVER = float("inf")
@@ -273,5 +273,7 @@ class _Chat:
 async def _of_run(corral: Corral, session: Session) -> AsyncIterator[Event]:
     """The events of the run that was on as `session` was read, from there on."""
     async for event in corral.events(session.id, after=session.state_version):
-        if getattr(event.payload, "run_id", None) == session.active_run_id:
+        if getattr(event.payload, "run_id", None) == session.active_run_id or isinstance(
+            event.payload, SessionCompacted
+        ):
             yield event

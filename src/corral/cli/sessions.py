@@ -104,10 +104,18 @@ def _facts(session: Session) -> list[tuple[str, str]]:
         ("folder", session.root if session.root is not UNSET else "the workspace's own"),
         ("events", str(session.state_version)),
         ("context", f"{session.context_usage:.0%} used"),
+        ("summarised", _compactions(session)),
         ("made", session.created_at),
         ("changed", session.updated_at),
     ]
     return [(key, str(value)) for key, value in facts if value is not UNSET and value != ""]
+
+
+def _compactions(session: Session) -> str:
+    if not session.compaction_count:
+        return ""
+    times = "once" if session.compaction_count == 1 else f"{session.compaction_count} times"
+    return f"{times}; notes before that: {session.memory_flush_state}"
 
 
 @command.command()
@@ -180,6 +188,9 @@ def _markdown(item: dict[str, Any]) -> str:
     if item["event"] == "agent.tool_result":
         status = "" if payload["status"] == "success" else f"\n*{payload['status']}*\n"
         return status + (_fenced(payload["output"], "") if payload["output"] else "")
+    if item["event"] == "session.compacted":
+        sizes = f"{payload['before']:,} tokens became {payload['after']:,}"
+        return f"\n*What came before was summarised ({sizes}):*\n{_fenced(payload['summary'], '')}"
     if item["event"] == "agent.failed":
         return f"\n*{payload['code']}: {payload['message']}*\n"
     return ""

@@ -20,6 +20,7 @@ from corral.protocol.events import (
     AgentResumed,
     AgentToolCall,
     AgentToolResult,
+    SessionCompacted,
 )
 from corral.protocol.frames import Event
 from corral.protocol.types import Approval, Usage
@@ -68,6 +69,10 @@ class Transcript:
             self.note(f"the gateway was started again and has taken the run up (attempt {payload.attempt})")
         elif isinstance(payload, Approval):
             self._approval(payload)
+        elif isinstance(payload, SessionCompacted):
+            self.note(
+                f"the older part of the conversation was summarised: {payload.before:,} tokens became {payload.after:,}"
+            )
         elif isinstance(payload, AgentCompleted | AgentFailed):
             self._close_line()
 

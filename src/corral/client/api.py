@@ -8,7 +8,7 @@ from typing import Any, Self
 from corral import __version__
 from corral.client.link import Link, State
 from corral.client.streams import Stream
-from corral.protocol.events import TERMINAL_EVENTS
+from corral.protocol.events import TERMINAL_EVENTS, SessionCompacted
 from corral.protocol.frames import Event
 from corral.protocol.methods import ConnectResult
 
@@ -95,9 +95,13 @@ class Corral:
             async with channels.starting_run(session_id):
                 await self._link.send(request, accepted)
             stream, ran_in, run_id = made[0]
+            began = False
             while True:
                 event = await stream.next(lambda: channels.catch_up(ran_in))
-                if getattr(event.payload, "run_id", None) != run_id:
+                its_own = getattr(event.payload, "run_id", None) == run_id
+                began = began or its_own
+                # A compaction names no run: it is part of the one that is on.
+                if not (its_own or (began and isinstance(event.payload, SessionCompacted))):
                     continue
                 yield event
                 if event.event in TERMINAL_EVENTS:
