@@ -38,6 +38,7 @@ Point = Literal[
     "model.reserved",  # the step's share of a budget is set aside on the disk, the model has not been asked
     "model.delta",  # a piece of a model's text has been shown
     "model.end",  # a model's message is whole and not journalled
+    "compaction.written",  # a summary is whole, and neither it nor what it cost is in a commit
     "tool.decided",  # a call is about to start, which is not recorded
     "tool.recorded",  # its start is on the disk, it has not begun
     "tool.during",  # a command has begun and printed something; a file is written and not in its place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +110,52 @@ async def test_a_compacted_session_goes_on_from_its_summary_after_a_restart(tmp_
             after = model.requests[-1].json["messages"]
             assert after[: len(before)] == before
             assert [message["content"] for message in after[len(before) :]] == ["yes", "And then?"]
+
+
+POINTS = {
+    "tool.recorded@memory.append": "skipped",
+    "tool.end@memory.append": "skipped",
+    "compaction.written@s1": "flushed",
+    "commit.before@session.compacted/s1": "flushed",
+    "commit.after@session.compacted/s1": "flushed",
+}
+"""Where the gateway ends by itself, and what came of the silent step: a note that may have been written is none."""
+
+
+@pytest.mark.parametrize(("point", "flushed"), POINTS.items(), ids=POINTS)
+async def test_killed_at_a_named_point_room_is_made_once_after_one_silent_step(
+    tmp_path: Path, point: str, flushed: str
+) -> None:
+    async with ModelServer(once_hung(lambda _request: False)) as model:
+        running = gateway(tmp_path, model)
+        running.data_dir.mkdir(mode=0o700)
+        (running.data_dir / "corral.toml").write_text(SMALL)
+        await running.start(fault=point)
+        try:
+            async with await connected(running) as wire:
+                await wire.effect("policy.update", patch=NOTES)
+                run = await wire.effect("agent.run", input=LONG, sessionId="s1")
+                await wire.event("agent.completed", runId=run["runId"])
+                before = len(await whole_journal(wire, "s1"))
+                run = await wire.effect("agent.run", input="Go on. " + "x" * 3000, sessionId="s1")
+            async with asyncio.timeout(60):
+                assert await running.process.wait() == -signal.SIGKILL
+            await running.start()
+            async with await connected(running) as wire:
+                await wire.request("events.subscribe", {"sessionId": "s1", "after": before})
+                await wire.event("agent.completed", runId=run["runId"])
+                items = await whole_journal(wire, "s1")
+                check_journal(items)
+                events = [item["event"] for item in items]
+                assert events.count("session.compacted") == 1
+                assert events.count("agent.tool_call") == 1
+                told = await session(wire)
+                assert (told["compactionCount"], told["memoryFlushState"]) == (1, flushed)
+                used = (await wire.request("runs.get", {"runId": run["runId"]}))["run"]["usage"]["inputTokens"]
+                assert used == 100 + 3000 + 100
+        finally:
+            await running.kill()
+        notes = running.data_dir / "workspaces" / "t_default" / "w_default" / "memory"
+        written = [path.read_text() for path in notes.iterdir()] if notes.exists() else []
+        assert written == ([] if point.startswith("tool.recorded") else ["The gate code is 4711-ochre.\n"])
+        assert len([each for each in model.requests if is_flush(each.json)]) == 1

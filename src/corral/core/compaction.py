@@ -15,6 +15,7 @@ from contextlib import aclosing
 
 from msgspec import Struct, structs
 
+from corral import faults
 from corral.core import summary
 from corral.core.limits import Limits, call_of, limits_of
 from corral.core.model_step import ModelStep, counted, counts
@@ -180,6 +181,7 @@ class Compaction:
         kept = cut.kept(transcript.messages)
         text, last, day = await self._written(state, head, int(window / min(load.scale, 2.0)))
         # Killed here, or anywhere from the silent step on, the summary is in no commit: it is written anew.
+        faults.reached("compaction.written", state.session.id)
         opening = Opening(notes=await self._notes(state, context, window), summary=text)
         fixed = load.fixed - state.opening.tokens() + opening.tokens()
         after = fixed + sum(message_tokens(message) for message in kept) * load.scale

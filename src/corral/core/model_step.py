@@ -97,6 +97,7 @@ class ModelStep:
         """
         day = day_of(self._deps.clock.now_ms())
         finished, message_id = await self._ask(state, day, head, FLUSH_PROMPT)
+        faults.reached("model.end", state.run.session_id)
         await self._journal(state, context, finished, message_id, day, silent=True)
 
     async def refusal(self, state: Loaded, context: CallContext, tool_name: str, args: dict[str, Any]) -> str:
