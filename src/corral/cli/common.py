@@ -36,6 +36,9 @@ TOOLS = (
     "file.write",
     "file.edit",
     "http.request",
+    "memory.read",
+    "memory.append",
+    "memory.search",
 )
 """The tools that Corral has of its own."""
 
