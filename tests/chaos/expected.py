@@ -127,6 +127,8 @@ class Expected:
     outages: list[tuple[float, float]] = field(default_factory=list)
     """When the model could not be had: from, to."""
     kills: list[float] = field(default_factory=list)
+    leaps: list[float] = field(default_factory=list)
+    """When the clock was set forward by more than a run's time."""
 
     def problems(self, store: Snapshot, marks: Counter[str]) -> Iterator[str]:
         """What the store has otherwise, in sentences. `marks`: how often each was left."""
@@ -196,6 +198,9 @@ class Expected:
         end = run.seen_ended_at if run.seen_ended_at is not None else float("inf")
         if any(begun <= end and ended >= run.asked_at for begun, ended in self.outages):
             codes.add("MODEL_UNAVAILABLE")
+        if any(run.asked_at <= at <= end for at in self.leaps):
+            # A gateway that stops in order does not know that its clock was set since the run began.
+            codes.add("LIMIT_REACHED")
         if sum(run.asked_at <= at <= end for at in self.kills) >= 5 and row["stalls"] >= 5:
             codes.add("INTERNAL_ERROR")
         return codes

@@ -19,6 +19,7 @@ from tests.support.gateway import Gateway
 from tests.support.model_server import ModelServer
 
 LEASE_MS = 30_000
+RUN_TIMEOUT_MS = 3_600_000
 _FARTHEST_MS = 4 * 3_600_000
 """The clock never strays further: two of these together stay well inside the day that keys are remembered."""
 
@@ -161,9 +162,11 @@ class Monkey:
         self._place.expected.outages.append((begun, time.monotonic()))
 
     def _step(self, by_ms: int) -> None:
-        self._ahead_ms += by_ms
+        before, self._ahead_ms = self._ahead_ms, self._ahead_ms + by_ms
         if abs(self._ahead_ms) > _FARTHEST_MS:
             self._ahead_ms = 0
+        if self._ahead_ms - before > RUN_TIMEOUT_MS // 2:
+            self._place.expected.leaps.append(time.monotonic())
         step(self._clock, self._ahead_ms)
 
     async def step_the_clock(self) -> None:

@@ -3,50 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from corral.storage.api import StoreUnavailable
-from tests.core.conftest import Open, allow
+from corral.storage.repositories.runs import Runs
+from tests.core.conftest import Open
 from tests.core.test_approvals import ASKS, ONCE, waiting
-from tests.support.house import House, house
+from tests.support.house import house
 from tests.support.model_server import Hang, Say, conversation
 
 
 class Full:
-    """Refuses the next `times` takings up of the house's runs, as a full disk would; all else is written."""
+    """The disk is full for the next `times` claims of a lease, and for nothing else."""
 
-    def __init__(self, home: House, times: int) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, times: int) -> None:
         self.left = times
-        core, store = home.server.core, home.server.store
-        write = store.write
+        claim = Runs.claim
 
-        async def refusing(work: Any, on_commit: Callable[[Any], None] | None = None) -> Any:
-            takes_up = getattr(on_commit, "func", on_commit) in (core._taken_up, core._all_taken_up)
-            if takes_up and self.left > 0:
+        def refusing(*args: Any, **given: Any) -> int | None:
+            if self.left > 0:
                 self.left -= 1
-                raise StoreUnavailable("the store cannot write now")
-            return await write(work, on_commit)
+                error = sqlite3.OperationalError("database or disk is full")
+                error.sqlite_errorcode = sqlite3.SQLITE_FULL
+                raise error
+            return claim(*args, **given)
 
-        store.write = refusing  # type: ignore[method-assign]
+        patch.setattr(Runs, "claim", refusing)
 
 
-async def test_a_decision_is_acted_on_though_the_store_could_not_write_just_then(open_house: Open) -> None:
+async def test_a_decision_is_acted_on_though_the_store_could_not_write_just_then(
+    open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
         approval = await waiting(home, wire)
-        full = Full(home, times=3)
+        full = Full(monkeypatch, times=4)
         await wire.effect("approval.resolve", approvalId=approval["approvalId"], decision="approve")
         await wire.event("agent.completed")
         assert full.left == 0
 
 
-async def test_a_waiting_run_is_aborted_though_the_store_could_not_write_just_then(open_house: Open) -> None:
+async def test_a_waiting_run_is_aborted_though_the_store_could_not_write_just_then(
+    open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
         approval = await waiting(home, wire)
-        full = Full(home, times=3)
+        full = Full(monkeypatch, times=4)
         answer = await wire.effect("agent.abort", runId=approval["runId"])
         assert answer["status"] == "aborted"
         assert full.left == 0
@@ -57,20 +61,22 @@ async def test_recovery_takes_all_runs_up_though_the_store_could_not_write_for_a
 ) -> None:
     script = conversation([[Hang(after=2), Say("at last")]])
     async with house(tmp_path / "data", script=script) as home, await home.wire() as wire:
-        await allow(home)
-        await wire.effect("agent.run", input="go", sessionId="s1")
-        await wire.event("agent.delta")
-    fulls: list[Full] = []
+        for name in ("s1", "s2"):
+            await wire.effect("agent.run", input="go", sessionId=name)
+            await wire.event("agent.accepted", sessionId=name)
     told, recover = asyncio.Event(), type(home.server.core).recover
 
-    async def on_a_full_disk(core: Any) -> int:
+    async def when_told(core: Any) -> int:
         await told.wait()
-        fulls.append(Full(later, times=2))
         return await recover(core)
 
-    monkeypatch.setattr(type(home.server.core), "recover", on_a_full_disk)
+    monkeypatch.setattr(type(home.server.core), "recover", when_told)
     async with house(tmp_path / "data", script=[Say("at last")]) as later, await later.wire() as wire:
-        await wire.request("events.subscribe", {"sessionId": "s1", "after": 0})
+        for name in ("s1", "s2"):
+            await wire.request("events.subscribe", {"sessionId": name, "after": 0})
+        full = Full(monkeypatch, times=6)
         told.set()
-        assert (await wire.event("agent.completed"))["payload"]["output"] == "at last"
-        assert [full.left for full in fulls] == [0]
+        for name in ("s1", "s2"):
+            ended = await wire.event("agent.completed", sessionId=name)
+            assert ended["payload"]["output"] == "at last"
+        assert full.left == 0
