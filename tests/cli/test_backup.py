@@ -368,7 +368,7 @@ async def test_the_next_start_says_how_an_interrupted_restore_ended(backup: tupl
     names = ["audit.head", "audit.key", "audit.pub", "corral.db", "corral.toml"]
     plan = Plan(backup="2026-01-01", kept="replaced-1", names=names, aside=["corral.db-wal", "corral.db-shm"])
     (data_dir / PLAN).write_text(json.dumps({name: getattr(plan, name) for name in plan.__struct_fields__}))
-    async with Gateway(data_dir) as running:
+    async with Gateway(data_dir, unchecked="a title was written past the journal, to tell the two apart") as running:
         assert "it has been completed, the state is that of the backup of 2026-01-01" in running.log
         async with await connected(running) as wire:
             [session] = (await wire.request("sessions.list"))["items"]
