@@ -77,6 +77,7 @@ class Settings(Struct, kw_only=True):
     run_timeout_ms: Millis = 3_600_000
     approval_ttl_ms: Annotated[int, Meta(ge=1, le=366 * 24 * 3600 * 1000)] = 24 * 3600 * 1000
     model_timeout_ms: Millis = 300_000
+    compaction: bool = True
     compaction_threshold: Annotated[float, Meta(ge=0.2, le=1)] = 0.8
     memory: bool = True
     audit_keep_days: Days | None = None

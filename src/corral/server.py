@@ -159,6 +159,7 @@ class Server:
             fallbacks=settings.fallbacks,
             tool_timeout_ms=settings.tool_timeout_ms,
             run_timeout_ms=settings.run_timeout_ms,
+            compaction=settings.compaction,
             compaction_threshold=settings.compaction_threshold,
             memory=settings.memory,
         )

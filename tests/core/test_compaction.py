@@ -164,6 +164,19 @@ async def test_the_threshold_is_a_setting(open_house: Open) -> None:
         assert requests(home, summaries=True) == []
 
 
+async def test_without_compaction_the_oldest_turns_are_left_out_and_nothing_is_asked_of_the_model(
+    open_house: Open,
+) -> None:
+    script = summarises(Say(SUMMARY), Say("yes"))
+    async with open_house(script, models=SMALL, compaction=False) as home, await home.wire() as wire:
+        for _ in range(3):
+            await turn(wire, LONG)
+        assert requests(home, summaries=True) == []
+        assert (await session(wire))["compactionCount"] == 0
+        sent = [text_of(request).count(LONG) for request in requests(home, summaries=False)]
+        assert sent[-1] < len(sent)
+
+
 def reads(steps: int) -> Callable[[Json], Any]:
     """A run that reads a file so many times and then answers."""
 

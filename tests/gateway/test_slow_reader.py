@@ -113,7 +113,7 @@ async def stuck(connection: Connection) -> None:
 
 async def test_a_client_too_far_behind_sees_4410_when_it_reads_again_and_has_no_gap_before_it(tmp_path: Path) -> None:
     options = msgspec.structs.replace(TINY, close_grace=30.0)
-    running = house(tmp_path, script=[Say("ok")], options=options)
+    running = house(tmp_path, script=[Say("ok")], options=options, compaction=False)
     async with running as home, await home.wire() as actor, await home.wire() as quick:
         session = (await actor.effect("sessions.create"))["session"]["id"]
         await quick.request("events.subscribe", {"sessionId": session})
@@ -137,7 +137,10 @@ async def test_a_client_too_far_behind_sees_4410_when_it_reads_again_and_has_no_
 
 async def test_a_client_that_never_reads_again_is_cut_off_after_the_grace(tmp_path: Path) -> None:
     options = msgspec.structs.replace(TINY, close_grace=0.3)
-    async with house(tmp_path, script=[Say("ok")], options=options) as home, await home.wire() as actor:
+    async with (
+        house(tmp_path, script=[Say("ok")], options=options, compaction=False) as home,
+        await home.wire() as actor,
+    ):
         session = (await actor.effect("sessions.create"))["session"]["id"]
         lazies = [await follow(home, session) for _ in range(5)]
         await flood(actor, session)
@@ -149,7 +152,7 @@ async def test_a_client_that_never_reads_again_is_cut_off_after_the_grace(tmp_pa
 
 
 async def test_a_backlog_waits_for_its_reader_instead_of_filling_memory(tmp_path: Path) -> None:
-    async with house(tmp_path, script=[Say("ok")], options=TINY) as home, await home.wire() as actor:
+    async with house(tmp_path, script=[Say("ok")], options=TINY, compaction=False) as home, await home.wire() as actor:
         session = (await actor.effect("sessions.create"))["session"]["id"]
         await flood(actor, session)
         lazy = await Lazy.open(home.url)
@@ -174,7 +177,7 @@ async def test_a_backlog_waits_for_its_reader_instead_of_filling_memory(tmp_path
 
 
 async def test_a_client_that_hangs_up_in_the_middle_of_its_backlog_takes_nothing_with_it(tmp_path: Path) -> None:
-    async with house(tmp_path, script=[Say("ok")], options=TINY) as home, await home.wire() as actor:
+    async with house(tmp_path, script=[Say("ok")], options=TINY, compaction=False) as home, await home.wire() as actor:
         session = (await actor.effect("sessions.create"))["session"]["id"]
         await flood(actor, session)
         others = connections(home)
@@ -200,7 +203,10 @@ async def test_a_client_that_hangs_up_in_the_middle_of_its_backlog_takes_nothing
 
 async def test_a_backlog_that_nobody_reads_ends_with_4410(tmp_path: Path) -> None:
     options = msgspec.structs.replace(TINY, stall_timeout=0.4, close_grace=30.0)
-    async with house(tmp_path, script=[Say("ok")], options=options) as home, await home.wire() as actor:
+    async with (
+        house(tmp_path, script=[Say("ok")], options=options, compaction=False) as home,
+        await home.wire() as actor,
+    ):
         session = (await actor.effect("sessions.create"))["session"]["id"]
         await flood(actor, session)
         lazy = await Lazy.open(home.url)

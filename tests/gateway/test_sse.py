@@ -317,7 +317,10 @@ async def test_a_token_revoked_or_expired_ends_its_streams(tmp_path: Path) -> No
 
 async def test_a_reader_too_far_behind_is_cut_off_alone_and_its_memory_given_back(tmp_path: Path) -> None:
     options = GatewayOptions(outbox_bytes=1024 * 1024, outbox_mark_bytes=128 * 1024, close_grace=0.3)
-    async with house(tmp_path, script=[Say("ok")], options=options) as home, await home.wire() as wire:
+    async with (
+        house(tmp_path, script=[Say("ok")], options=options, compaction=False) as home,
+        await home.wire() as wire,
+    ):
         session = await made(wire)
         host, _, port = home.url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1)

@@ -120,6 +120,7 @@ class Victim:
             assert (await wire.request("approval.queue", {"sessionId": session}))["items"] == []
             audit = await wire.request("audit.verify", {})
             assert audit["ok"], audit
+        self.gateway.inspect()
         return items
 
     def marks(self, session: str) -> str:

@@ -208,7 +208,7 @@ VIOLATIONS: dict[str, tuple[str, str]] = {
     "a row without a call": (
         "INSERT INTO tool_runs SELECT tenant_id, 'tc_x', run_id, session_id, 99, position, tool_name, args, "
         "args_hash, risk, repeatable, decision, reason, rule_id, state, status, duration_ms, truncated, created_at, "
-        "started_at, finished_at FROM tool_runs LIMIT 1",
+        "started_at, finished_at, retry_of FROM tool_runs LIMIT 1",
         "and was not journalled",
     ),
     "a result that was another": (

@@ -85,9 +85,11 @@ class Compaction:
         """Make room if it is needed. Says whether a silent step was taken, whose calls come first."""
         if state.session.memory_flush_state == "pending" and state.flush is not None:
             await self._settle_flush(state)
+        if self._given_up or not self._deps.options.compaction:
+            return False
         window = self._deps.models.info(state.run.model).context_window
         load = self._load(state)
-        if self._given_up or load.total <= window * self._deps.options.compaction_threshold:
+        if load.total <= window * self._deps.options.compaction_threshold:
             return False
         try:
             return await self._make_room(state, context, window, load)

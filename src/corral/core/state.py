@@ -50,6 +50,7 @@ class RunOptions(Struct, kw_only=True, frozen=True):
     fallbacks: Sequence[str]
     tool_timeout_ms: int
     run_timeout_ms: int
+    compaction: bool
     compaction_threshold: float
     memory: bool
 
