@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from corral import faults
+from tests.core.test_compaction_killed import POINTS as COMPACTION
 from tests.kill.victim import Acts, Client, Taken, Victim, walk
 from tests.support import needs
 from tests.support.model_server import CallTools, Hang, ModelServer, Say, conversation
@@ -334,6 +335,6 @@ async def _state(pid: int, wanted: str) -> None:
 # ---- all of them
 
 
-def test_every_point_that_there_is_is_walked_here() -> None:
-    walks = (TEXT, READ, COMMAND, FILE, APPROVAL, ABORT, MODE, BUDGET, RECOVERY)
+def test_every_point_that_there_is_is_walked() -> None:
+    walks = (TEXT, READ, COMMAND, FILE, APPROVAL, ABORT, MODE, BUDGET, RECOVERY, COMPACTION)
     assert {fault.split("@")[0].split(":")[0] for walked in walks for fault in walked} == set(faults.POINTS)

@@ -75,7 +75,7 @@ async def test_a_gateway_serves_what_a_backup_of_it_is_restored_to(tmp_path: Pat
         code, _, err = call_here(command, str(tmp_path / "b.tar"), data_dir=data_dir)
         assert code == 0, err
     assert schema_of(restored / "corral.db") == schema.HEAD, "the checks knew its columns"
-    async with house(restored) as home, await home.wire() as wire:
+    async with house(restored, unchecked="its rows are made up, table by table") as home, await home.wire() as wire:
         listed = (await wire.request("sessions.list"))["items"]
         assert [item["title"] for item in listed] == ["Title of s_2", "Title of s_1"]
         page = await wire.request("sessions.history", {"sessionId": "s_1"})

@@ -24,7 +24,6 @@ from corral.storage._sqlite_connections import (
 )
 from corral.storage.repositories import Transaction
 from corral.storage.schema import HEAD, SchemaRefused, prepare
-from corral.storage.tables import NOT_TERMINAL
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the whole, in pages."""
@@ -143,7 +142,7 @@ def damage(path: Path, *, thorough: bool) -> list[str]:
     return problems
 
 
-_ENDS = "event IN ('agent.completed', 'agent.failed')"
+# Each text as it stands: none is put together.
 _INVARIANTS = {
     "the journal of session {1} has a gap or does not end where the session does": """
         SELECT s.tenant_id, s.id FROM sessions s LEFT JOIN (
@@ -152,20 +151,21 @@ _INVARIANTS = {
         ) j ON j.tenant_id = s.tenant_id AND j.session_id = s.id
         WHERE s.state_version <> coalesce(j.last, 0) OR s.state_version <> coalesce(j.n, 0) OR coalesce(j.first, 1) <> 1
     """,
-    "run {1} has ended without an event that says so, with two, or with one before its end": f"""
+    "run {1} has ended without an event that says so, with two, or with one before its end": """
         SELECT r.tenant_id, r.id FROM runs r
         WHERE (SELECT count(*) FROM journal j WHERE j.tenant_id = r.tenant_id AND j.session_id = r.session_id
-               AND j.run_id = r.id AND j.run_id IS NOT NULL AND j.{_ENDS})
-            <> (CASE WHEN r.{NOT_TERMINAL} THEN 0 ELSE 1 END)
-    """,  # noqa: S608
-    "run {1} is on and its session does not know it": f"""
+               AND j.run_id = r.id AND j.run_id IS NOT NULL AND j.event IN ('agent.completed', 'agent.failed'))
+            <> (CASE WHEN r.status NOT IN ('completed', 'failed', 'aborted') THEN 0 ELSE 1 END)
+    """,
+    "run {1} is on and its session does not know it": """
         SELECT r.tenant_id, r.id FROM runs r JOIN sessions s ON s.tenant_id = r.tenant_id AND s.id = r.session_id
-        WHERE r.{NOT_TERMINAL} AND s.active_run_id IS NOT r.id
-    """,  # noqa: S608
-    "session {1} is said to run a run that has ended": f"""
+        WHERE r.status NOT IN ('completed', 'failed', 'aborted') AND s.active_run_id IS NOT r.id
+    """,
+    "session {1} is said to run a run that has ended": """
         SELECT s.tenant_id, s.id FROM sessions s WHERE s.active_run_id IS NOT NULL AND NOT EXISTS (
-            SELECT 1 FROM runs r WHERE r.tenant_id = s.tenant_id AND r.id = s.active_run_id AND r.{NOT_TERMINAL})
-    """,  # noqa: S608
+            SELECT 1 FROM runs r WHERE r.tenant_id = s.tenant_id AND r.id = s.active_run_id
+                AND r.status NOT IN ('completed', 'failed', 'aborted'))
+    """,
     "call {1} was started though it had been denied": """
         SELECT tenant_id, id FROM tool_runs WHERE started_at IS NOT NULL AND decision = 'deny'
     """,
@@ -191,8 +191,11 @@ def abort_unfinished(path: Path, now_ms: int) -> int:
     """
     with closing(_connect(path, "rw")) as connection:
         connection.execute("PRAGMA synchronous = FULL")
-        statement = f"UPDATE runs SET abort_requested_at = coalesce(abort_requested_at, ?) WHERE {NOT_TERMINAL}"  # noqa: S608
-        return connection.execute(statement, (now_ms,)).rowcount
+        return connection.execute(
+            "UPDATE runs SET abort_requested_at = coalesce(abort_requested_at, ?) "
+            "WHERE status NOT IN ('completed', 'failed', 'aborted')",
+            (now_ms,),
+        ).rowcount
 
 
 def note(path: Path, name: str, value: str) -> None:
@@ -205,5 +208,6 @@ def note(path: Path, name: str, value: str) -> None:
 def unfinished(path: Path) -> int:
     """How many runs have not ended."""
     with closing(_connect(path, "ro")) as connection:
-        count: int = connection.execute(f"SELECT count(*) FROM runs WHERE {NOT_TERMINAL}").fetchone()[0]  # noqa: S608
+        query = "SELECT count(*) FROM runs WHERE status NOT IN ('completed', 'failed', 'aborted')"
+        count: int = connection.execute(query).fetchone()[0]
         return count
