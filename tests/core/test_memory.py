@@ -249,6 +249,19 @@ async def test_an_abort_in_the_silent_step_leaves_no_step_pending(open_house: Op
         assert (await session(wire))["memoryFlushState"] == "skipped"
 
 
+async def test_a_silent_step_without_calls_is_counted_though_the_run_ends_before_its_next_step(
+    open_house: Open,
+) -> None:
+    script = scripted(Say("nothing"), summary=Hang())
+    async with open_house(script, NOTES, models=SMALL) as home, await home.wire() as wire:
+        await turn(wire, LONG)
+        run = await wire.effect("agent.run", input="Go on. " + "x" * 3000, sessionId="s1")
+        await home.model.wait(lambda: any(is_summary(each.json) for each in home.model.requests), 60)
+        await wire.effect("agent.abort", runId=run["runId"])
+        ended = (await wire.request("runs.get", {"runId": run["runId"]}))["run"]
+        assert (ended["status"], ended["steps"], ended["usage"]["outputTokens"]) == ("aborted", 1, 10)
+
+
 # ---- what a new session begins with
 
 
