@@ -82,6 +82,7 @@ class Settings(Struct, kw_only=True):
     memory: bool = True
     audit_keep_days: Days | None = None
     tool_output_keep_days: Days | None = None
+    one_core: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     origins: dict[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Protocol
 
+from corral import cores
 from corral.bus.local import LocalBus
 from corral.clock import Clock, SystemClock
 from corral.config import (
@@ -317,10 +318,15 @@ async def serve(
         gc.freeze()
         gc.set_threshold(_GC_EVERY)
         gc.enable()
+        together = asyncio.create_task(cores.keep_together(), name="cores") if settings.one_core else None
+        if together is not None:
+            together.add_done_callback(_report)
         if on_listening is not None:
             on_listening(server.url)
         await stop.wait()
         log.info("draining", extra={"action": "server.drain"})
+        if together is not None:
+            together.cancel()
 
 
 class Traces(Protocol):

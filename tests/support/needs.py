@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -69,3 +70,9 @@ def npm_packages(folder: Path) -> None:
     )
     if done.returncode != 0:
         _lack(f"`npm ci` in {folder.name} failed: {done.stderr[-500:]}")
+
+
+def cores() -> None:
+    """Skip (or fail) the calling test unless this process may use two cores and say which."""
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
+        _lack("this process may use one core only, or the system does not say which")

@@ -22,7 +22,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from corral import faults
+from corral import cores, faults
 from corral.executor.leftovers import end_leftovers
 from corral.executor.output import Budget, Capture
 
@@ -365,15 +365,17 @@ def _start_server(mark: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
         # -I -S: nothing from the environment, the working directory or site-packages is imported.
         program = str(Path(__file__).with_name("launcher.py"))
         argv = [sys.executable, "-I", "-S", program, str(theirs.fileno()), mark]
-        server = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
+        # What it starts may run on all cores, which is inherited.
+        with cores.roaming():
+            server = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
     return server, ours
 
 

@@ -11,12 +11,17 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from corral import cores
+
 BUSY_TIMEOUT_MS = 5_000
 CACHE_KIB = 16 * 1024
 """What the writer keeps of the file in memory, at most. With SQLite's own 2 MiB a turn costs a twentieth more."""
 
 JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 """Bytes that the write-ahead log's file keeps after a checkpoint; it may grow past that meanwhile."""
+
+LONG_STATEMENT = 100_000
+"""How many of SQLite's steps a statement takes, a few milliseconds' worth, before it need not share a core."""
 
 _UNAVAILABLE = frozenset(
     {
@@ -126,6 +131,8 @@ def _opened(engine: Engine, *pragmas: str) -> Connection:
         raw = driver(connection)
         for pragma in pragmas:
             raw.control(pragma)
+        # The interpreter's lock is free while SQLite works. Its user takes the thread back: `cores.come_back`.
+        raw.set_progress_handler(cores.roam, LONG_STATEMENT)
         raw.guarded = True
     except BaseException:
         dispose(connection)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from corral import cores
 from corral.storage._sqlite_connections import (
     NoTransaction,
     dispose,
@@ -127,6 +128,7 @@ class _Reader:
                 return query(connection)
             finally:
                 raw.rollback()
+                cores.come_back()
         except StopIteration as error:
             raise RuntimeError("StopIteration in a query") from error  # no future takes that one
         except (sqlite3.Error, DBAPIError, NoTransaction) as error:

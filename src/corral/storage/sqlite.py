@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from corral import faults
+from corral import cores, faults
 from corral.clock import Clock
 from corral.storage._sqlite_connections import (
     Driver,
@@ -249,7 +249,9 @@ def _run(group: _Group, unit: _Unit) -> None:
 
 def _quick_check(connection: Connection) -> list[str]:
     try:
-        found = [str(row[0]) for row in driver(connection).control("PRAGMA quick_check")]
+        # One step to SQLite, which may take minutes.
+        with cores.roaming():
+            found = [str(row[0]) for row in driver(connection).control("PRAGMA quick_check")]
     except sqlite3.DatabaseError as error:
         # Some damage is found as an error and not as a row.
         if error_code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -356,6 +358,7 @@ class SqliteStore(Store):
                 if self._open(writer):
                     while units := self._next_group():
                         writer.carry_out(units)
+                        cores.come_back()
                         self._on_loop(self._deliver, units)
                     self._readers.close()
                     writer.close()
