@@ -199,6 +199,9 @@ class Compaction:
         """
         if not self._deps.options.memory:
             return ""
+        # The workspace's own folder lies beside the database: a look at two names in it costs less than a thread does.
+        if state.session.root is None and not self._deps.executor.may_have_notes(context):
+            return ""
         most = min(NOTES_TOKENS, int(window * _NOTES_SHARE))
         # About a token, in scripts that take few; of one that takes more, less is read.
         characters = 4 * most

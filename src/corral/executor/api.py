@@ -125,6 +125,10 @@ class ToolExecutor(Protocol):
         """
         ...
 
+    def may_have_notes(self, context: CallContext) -> bool:
+        """False if `notes` would find nothing, told by a look at two names on the disk. Blocks for that look."""
+        ...
+
     async def takes_notes(self, context: CallContext) -> bool:
         """Whether `memory.append` could write in this context's folder, as far as is known beforehand."""
         ...

@@ -89,6 +89,9 @@ class Memory:
             return ""  # the folder itself is gone: every call will say so
         return _HEAD + "".join(f"\n{name}:\n{text}" for name, text in parts) if parts else ""
 
+    def may_have_notes(self, context: CallContext) -> bool:
+        return any(os.path.lexists(context.root / name) for name in (LONG_TERM, FOLDER))
+
     async def writable(self, context: CallContext) -> bool:
         """Whether files can be made in the folder, as far as the system says beforehand."""
         try:

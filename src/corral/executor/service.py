@@ -118,6 +118,9 @@ class Executor:
     async def notes(self, context: CallContext, characters: int) -> str:
         return await self._driver(context).memory.notes(context, characters)
 
+    def may_have_notes(self, context: CallContext) -> bool:
+        return self._driver(context).memory.may_have_notes(context)
+
     async def takes_notes(self, context: CallContext) -> bool:
         return await self._driver(context).memory.writable(context)
 
