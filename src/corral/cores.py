@@ -6,7 +6,7 @@ statement for which it was let go of (decision 0023). On one core the thread tha
 has it again before the other one has run.
 
 What holds no lock is a different matter, and may run anywhere: other processes, and a query that takes long (`roam`).
-Which core it is, the system is asked anew every few seconds, for there may be others who want that one.
+Which core it is, is thought over every few seconds: the one that others use least.
 """
 
 from __future__ import annotations
@@ -14,41 +14,81 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 10.0
-_LOOSE_S = 0.05
-"""For how long the threads go where the system puts them, which it does at once where a core is idle."""
+FIRST_S, EVERY_S = 1.0, 10.0
+"""How long is looked at what others do before the first choice, and before each of the others."""
 
-_PROCESSOR = 36
-"""Which field of /proc/self/task/TID/stat behind the name says on which core the thread ran last (proc(5): 39)."""
+_WORTH = 0.1
+"""A core is left for one that others use less by this share of its time: a move empties its caches."""
+
+_BUSY = (0, 1, 2, 5, 6, 7)
+"""Fields of a core's line in /proc/stat: user, nice, system, irq, softirq, steal (proc(5))."""
 
 _everywhere: frozenset[int] | None = None
 """The cores that this process may use; None while its threads are not kept together."""
 _core: int | None = None
-"""The one that they are kept on; None as well while the system chooses."""
+"""The one that they are kept on."""
 _thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Seconds of work up to an instant: of each core, and of this process."""
+
+    cores: Mapping[int, float]
+    own: float
+
+    @classmethod
+    def now(cls) -> Usage:
+        tick = os.sysconf("SC_CLK_TCK")
+        cores = {}
+        with open("/proc/stat", encoding="ascii") as file:
+            for line in file:
+                name, *fields = line.split()
+                if name.startswith("cpu") and name != "cpu":
+                    cores[int(name[3:])] = sum(int(fields[at]) for at in _BUSY) / tick
+        return cls(cores, time.process_time())
+
+    def by_others(self, before: Usage, core: int, home: int | None) -> float:
+        """Seconds that others have used of `core` since `before`, when this process was at `home`."""
+        busy = self.cores.get(core, 0.0) - before.cores.get(core, 0.0)
+        return busy - (self.own - before.own) if core == home else busy
+
+
+def choose(allowed: frozenset[int], home: int | None, before: Usage, now: Usage, seconds: float) -> int:
+    """The core that others have used least in these seconds; `home` where another one is not worth the move."""
+    best = min(sorted(allowed), key=lambda core: now.by_others(before, core, home))
+    if home not in allowed:
+        return best
+    gained = now.by_others(before, home, home) - now.by_others(before, best, home)
+    return best if gained > _WORTH * seconds else home
 
 
 async def keep_together() -> None:
     """Keep the threads of this process on one core, until cancelled; then they may go anywhere again.
 
-    Returns at once where that cannot be done or there is one core only. One call at a time, in the main thread.
+    Returns where that cannot be done or there is one core only. One call at a time, in the main thread.
     """
     global _everywhere, _core
     try:
-        while len(allowed := _allowed()) > 1:
-            _everywhere, _core = allowed, None
-            _put(allowed)
-            await asyncio.sleep(_LOOSE_S)
-            _core = _last_core()
+        seconds = FIRST_S
+        while len(_allowed()) > 1:
+            before = Usage.now()
+            await asyncio.sleep(seconds)
+            allowed = _allowed()
+            _everywhere, _core = allowed, choose(allowed, _core, before, Usage.now(), seconds)
             _put(frozenset({_core}))
-            await asyncio.sleep(EVERY_S)
+            # Two that came to the same core at the same time do not leave it at the same time.
+            seconds = EVERY_S * (0.5 + secrets.randbelow(1000) / 1000)
     except OSError as error:
         # Some sandboxes forbid it, or hide /proc.
         log.info("the threads are not kept on one core: %s", error.strerror, extra={"action": "cores.not_kept"})
@@ -73,7 +113,7 @@ def come_back() -> None:
     """Take the calling thread to the others again, if it went."""
     if getattr(_thread, "roams", False):
         _thread.roams = False
-        # While the system chooses, nobody is anywhere; whoever puts the threads together then finds this one too.
+        # Nobody is kept any more if there is none.
         if (core := _core) is not None:
             _move(frozenset({core}))
 
@@ -97,11 +137,6 @@ def _allowed() -> frozenset[int]:
         return frozenset()
     now = frozenset(os.sched_getaffinity(0))
     return _everywhere if _everywhere is not None and now == {_core} else now
-
-
-def _last_core() -> int:
-    with open(f"/proc/self/task/{threading.get_native_id()}/stat", encoding="utf-8", errors="replace") as file:
-        return int(file.read().rpartition(")")[2].split()[_PROCESSOR])
 
 
 def _put(cores: frozenset[int]) -> None:

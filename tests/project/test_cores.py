@@ -66,13 +66,22 @@ def everywhere() -> Iterator[set[int]]:
 @pytest.fixture(autouse=True)
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The core is chosen at the beginning, and not again while a test looks."""
+    monkeypatch.setattr(cores, "FIRST_S", 0.02)
     monkeypatch.setattr(cores, "EVERY_S", 3600)
 
 
 @pytest.fixture
-def again(once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The core is chosen anew all the time."""
+def chosen(once: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """All cores that were chosen; it is done anew all the time, and never the one before."""
+    taken: list[int] = []
+
+    def another(allowed: frozenset[int], home: int | None, *_: Any) -> int:
+        taken.append(min(allowed - {home}))
+        return taken[-1]
+
     monkeypatch.setattr(cores, "EVERY_S", 0.02)
+    monkeypatch.setattr(cores, "choose", another)
+    return taken
 
 
 @asynccontextmanager
@@ -86,7 +95,7 @@ async def kept() -> AsyncIterator[asyncio.Task[None]]:
 
 async def test_all_threads_of_a_gateway_are_kept_on_one_core(everywhere: set[int], tmp_path: Path) -> None:
     async with Gateway(tmp_path / "data") as gateway:
-        await until(lambda: together(gateway.process.pid), "its threads are together")
+        await until(lambda: together(gateway.process.pid), "its threads are together", seconds=60)
         assert len(places(gateway.process.pid)) > 2  # the loop's, the writer's, a reader's
 
 
@@ -95,7 +104,7 @@ async def test_a_gateway_that_is_told_not_to_leaves_its_threads_alone(everywhere
         one = Gateway(tmp_path / "other")
         async with one:
             # By then the other one, which started before, would have done it too.
-            await until(lambda: together(one.process.pid), "the threads of another are together")
+            await until(lambda: together(one.process.pid), "the threads of another are together", seconds=60)
             assert all(place == everywhere for place in places(gateway.process.pid))
 
 
@@ -152,33 +161,80 @@ async def test_the_look_for_damage_is_done_anywhere(everywhere: set[int], tmp_pa
     assert seen == [everywhere]
 
 
-async def test_a_thread_that_roams_while_the_core_is_chosen_anew_goes_on_roaming(
-    everywhere: set[int], again: None, monkeypatch: pytest.MonkeyPatch
+async def test_a_thread_that_roams_while_another_core_is_chosen_goes_on_roaming(
+    everywhere: set[int], chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside, said = threading.Event(), threading.Event()
-    found: list[bool] = []
-    end = time.monotonic() + 60
+    found: list[set[int]] = []
 
     def work() -> None:
-        inside.set()
         cores.roam()
+        inside.set()
         said.wait()
-        while os.sched_getaffinity(0) != everywhere and time.monotonic() < end:
-            cores.roam()
-        found.append(time.monotonic() < end)
+        cores.roam()
+        found.append(os.sched_getaffinity(0))
         cores.come_back()
 
     async with kept():
         thread = threading.Thread(target=work)
         thread.start()
         await asyncio.to_thread(inside.wait)
-        await until(lambda: len(os.sched_getaffinity(0)) > 1, "the system chooses")
+        count = len(chosen)
+        await until(lambda: len(chosen) > count, "it was taken away")
         monkeypatch.setattr(cores, "EVERY_S", 3600)
-        await until(together, "it has chosen for the last time")
+        count = len(chosen)
+        await until(lambda: len(chosen) > count, "it was taken away for the last time")
         said.set()
         await asyncio.to_thread(thread.join)
         await until(together, "it has come back")
-    assert found == [True]
+    assert found == [everywhere]
+
+
+async def test_the_threads_follow_to_another_core(everywhere: set[int], chosen: list[int]) -> None:
+    async with kept():
+        homes: set[frozenset[int]] = set()
+
+        def been_everywhere() -> bool:
+            homes.add(frozenset(os.sched_getaffinity(0)))
+            return len(homes) > 1
+
+        await until(been_everywhere, "another core")
+        assert {len(home) for home in homes} == {1}
+        await until(together, "all are there")
+
+
+def usage(own: float, *busy: float) -> cores.Usage:
+    return cores.Usage(dict(enumerate(busy)), own)
+
+
+@pytest.mark.parametrize(
+    ("home", "before", "now", "core"),
+    [
+        (None, usage(0, 5, 1, 5), usage(0, 6, 4, 5.5), 2),  # used least since then, not from the beginning
+        (0, usage(1, 0, 0, 0), usage(9, 8, 2, 4), 0),  # what it did itself on its core is no reason to leave
+        (0, usage(1, 0, 0, 0), usage(5, 8, 1, 4), 1),  # somebody else is there as well
+        (0, usage(0, 0, 0, 0), usage(8, 9.9, 1, 4), 0),  # for nine tenths of a second in ten nobody moves
+        (1, usage(0, 0, 0, 0), usage(0, 0, 0, 0), 1),  # nor for nothing
+        (7, usage(0, 0, 0, 0), usage(0, 3, 2, 1), 2),  # may not stay
+        (None, usage(0), usage(0), 0),  # nothing is known
+    ],
+)
+def test_the_core_is_the_one_that_others_use_least(
+    home: int | None, before: cores.Usage, now: cores.Usage, core: int
+) -> None:
+    assert cores.choose(frozenset({0, 1, 2}), home, before, now, 10) == core
+
+
+def test_what_a_core_and_this_process_have_done_is_known(everywhere: set[int]) -> None:
+    before = cores.Usage.now()
+    end = time.process_time() + 0.05
+    while time.process_time() < end:
+        pass
+    now = cores.Usage.now()
+    assert now.own - before.own >= 0.05
+    assert everywhere <= set(now.cores)
+    assert all(now.cores[core] >= before.cores[core] for core in everywhere)
+    assert sum(now.cores[core] - before.cores[core] for core in everywhere) > 0
 
 
 async def test_a_thread_that_ends_meanwhile_is_no_hindrance(
@@ -204,15 +260,13 @@ async def test_a_process_that_was_given_one_core_is_left_on_it(everywhere: set[i
     assert os.sched_getaffinity(0) == {max(everywhere)}
 
 
-async def test_a_core_that_somebody_chooses_meanwhile_is_kept_to(everywhere: set[int], again: None) -> None:
+async def test_a_core_that_somebody_else_chooses_is_kept_to(everywhere: set[int], chosen: list[int]) -> None:
     async with kept() as task:
-        await until(lambda: len(os.sched_getaffinity(0)) == 1, "it has chosen")
-        other = everywhere - os.sched_getaffinity(0)
-        chosen = {min(other)}
+        theirs = {min(everywhere - os.sched_getaffinity(0))}
         for name in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(name), chosen)
+            os.sched_setaffinity(int(name), theirs)
         await until(task.done, "nothing is left to choose")
-        assert places() == [chosen] * len(places())
+        assert places() == [theirs] * len(places())
 
 
 @pytest.mark.parametrize("lack", ["sched_setaffinity", "listdir"])
