@@ -139,16 +139,14 @@ class SessionMethods:
             user_id=caller.user_id,
             agent_id=params.agent_id if params.agent_id is not UNSET else None,
             limit=params.limit + 1,
-            before=read_page_cursor(params.cursor) if params.cursor is not UNSET else None,
+            before=read_page_cursor("sessions", params.cursor) if params.cursor is not UNSET else None,
         )
         items = rows[: params.limit]
-        more = page_cursor(items[-1].created_at, items[-1].id) if len(rows) > params.limit else UNSET
+        more = page_cursor("sessions", items[-1].created_at, items[-1].id) if len(rows) > params.limit else UNSET
         return SessionsListResult(items=[session_view(row) for row in items], next_cursor=more)
 
     def history(self, tx: Transaction, caller: Caller, params: HistoryParams) -> HistoryResult:
         row = require_session(tx, caller, params.session_id)
-        if params.after_id is not UNSET and params.before_id is not UNSET:
-            raise InvalidRequest("$.params.afterId and $.params.beforeId exclude each other: send one of them")
         if params.after_id is not UNSET:
             found = tx.journal.after(row.tenant_id, row.id, params.after_id, params.limit + 1)
             items = found[: params.limit]

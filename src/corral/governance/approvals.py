@@ -232,10 +232,10 @@ class Approvals:
             session_id=params.session_id if params.session_id is not UNSET else None,
             user_id=caller.user_id,
             limit=params.limit + 1,
-            before=read_page_cursor(params.cursor) if params.cursor is not UNSET else None,
+            before=read_page_cursor("approvals", params.cursor) if params.cursor is not UNSET else None,
         )
         items = rows[: params.limit]
-        more = page_cursor(items[-1].created_at, items[-1].id) if len(rows) > params.limit else UNSET
+        more = page_cursor("approvals", items[-1].created_at, items[-1].id) if len(rows) > params.limit else UNSET
         return ApprovalQueueResult(items=[approval_view(row) for row in items], next_cursor=more)
 
     def pending(self, tx: Transaction, caller: Caller) -> list[Approval]:

@@ -7,17 +7,18 @@ import base64
 from corral.protocol.errors import InvalidRequest
 
 
-def page_cursor(created_at: int, row_id: str) -> str:
-    """The opaque cursor of the page that follows this row."""
-    return base64.urlsafe_b64encode(f"{created_at}.{row_id}".encode()).decode().rstrip("=")
+def page_cursor(of: str, created_at: int, row_id: str) -> str:
+    """The opaque cursor of the page that follows this row; `of` names the list."""
+    return base64.urlsafe_b64encode(f"{of}.{created_at}.{row_id}".encode()).decode().rstrip("=")
 
 
-def read_page_cursor(cursor: str) -> tuple[int, str]:
-    """(created_at, id) of the row that the page follows. Raises InvalidRequest for what is no cursor."""
+def read_page_cursor(of: str, cursor: str) -> tuple[int, str]:
+    """(created_at, id) of the row that the page follows. Raises InvalidRequest for what is no cursor of this list."""
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        created, _, row_id = text.partition(".")
-        if not row_id or not 0 <= int(created) < 2**62:
+        whose, _, place = text.partition(".")
+        created, _, row_id = place.partition(".")
+        if whose != of or not row_id or not 0 <= int(created) < 2**62:
             raise ValueError
         return int(created), row_id
     except ValueError:
