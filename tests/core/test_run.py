@@ -186,6 +186,16 @@ async def test_invented_tools_and_wrong_arguments_come_back_as_errors_the_model_
         assert "{broken" not in str(sent)
 
 
+async def test_an_agent_may_be_sent_back_as_it_was_read_and_its_times_make_no_other_request(open_house: Open) -> None:
+    async with open_house(conversation([])) as home, await home.wire() as wire:
+        first = await wire.effect("agents.upsert", agent={"id": "reader", "name": "R"}, idempotencyKey="k")
+        read = first["agent"]
+        assert read["createdAt"] == read["updatedAt"]
+        for agent in (read, {**read, "updatedAt": "2020-01-01T00:00:00.000Z"}):
+            again = await wire.effect("agents.upsert", agent=agent, idempotencyKey="k2")
+            assert (again["agent"]["name"], again["agent"]["createdAt"]) == ("R", read["createdAt"])
+
+
 async def test_an_agent_runs_with_its_own_prompt_model_and_tools(open_house: Open) -> None:
     script = conversation([CallTools([("file_list", {})]), Say("ok")])
     async with open_house(script) as home, await home.wire() as wire:

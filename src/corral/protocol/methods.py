@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, UnsetType, field
 from corral.protocol.frames import Features
 from corral.protocol.types import (
     Agent,
+    AgentChange,
     Approval,
     AuditAnchor,
     AuditRecord,
@@ -233,7 +234,9 @@ class AgentsListResult(Wire, kw_only=True, frozen=True):
 
 
 class AgentsUpsertParams(SideEffectParams, kw_only=True, frozen=True):
-    agent: Agent
+    """An agent as it was read may be sent back: its times are the server's, and are ignored and not compared."""
+
+    agent: AgentChange
 
 
 class AgentResult(Wire, kw_only=True, frozen=True):

@@ -181,14 +181,19 @@ class Run(Wire, kw_only=True, frozen=True):
     finished_at: Timestamp | UnsetType = UNSET
 
 
-class Agent(Wire, kw_only=True, frozen=True):
-    """A name, a system prompt, a model and its tools. No `tools` means every tool there is."""
+class AgentChange(Wire, kw_only=True, frozen=True):
+    """What is to be said of an agent from now on: of one that is there, what is left out stays."""
 
     id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}(?![\s\S])")]
     name: Annotated[str, Meta(max_length=200)] | UnsetType = UNSET
     system_prompt: Annotated[str, Meta(max_length=200_000)] | UnsetType = UNSET
     model: Annotated[str, Meta(max_length=200)] | UnsetType = UNSET
     tools: Annotated[list[ToolName], Meta(max_length=1000)] | UnsetType = UNSET
+
+
+class Agent(AgentChange, kw_only=True, frozen=True):
+    """A name, a system prompt, a model and its tools. No `tools` means every tool there is."""
+
     created_at: Timestamp | UnsetType = UNSET
     updated_at: Timestamp | UnsetType = UNSET
 
