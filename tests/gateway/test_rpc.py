@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,49 @@ async def test_a_body_that_is_not_coded_as_its_headers_say_is_refused(
     answer = await rpc(home.url, body=b"{}", token=TOKEN, headers={"Content-Encoding": "gzip"})
     assert (answer.status, answer.code) == (400, "INVALID_REQUEST")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "rot13"])
+async def test_a_coding_that_is_not_known_is_refused_with_415_once_it_is_known_who_asks(
+    home: House, coding: str
+) -> None:
+    for token, status in ((None, 401), (TOKEN, 415)):
+        answer = await rpc(home.url, "sessions.list", {}, token=token, headers={"Content-Encoding": coding})
+        assert (answer.status, answer.response["ok"], answer.events) == (status, False, [])
+
+
+_FRAME = json.dumps({"type": "req", "id": "h1", "method": "sessions.list", "params": {}}).encode()
+_BOMB = b" " * 50_000_000
+_BARE = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status"),
+    [
+        ("gzip", gzip.compress(_FRAME), 200),
+        ("X-GZIP", gzip.compress(_FRAME), 200),
+        ("deflate", zlib.compress(_FRAME), 200),
+        ("deflate", _BARE.compress(_FRAME) + _BARE.flush(), 200),
+        ("identity", _FRAME, 200),
+        ("gzip", gzip.compress(_BOMB), 413),
+        ("gzip", gzip.compress(_FRAME + b" " * (1024 * 1024 - len(_FRAME))), 200),
+        ("gzip", gzip.compress(_FRAME + b" " * (1024 * 1024 - len(_FRAME) + 1)), 413),
+        ("gzip", gzip.compress(_FRAME)[:-9], 400),
+        ("gzip", gzip.compress(_FRAME) + b"more", 400),
+        ("gzip", b"", 400),
+        ("deflate", b"", 400),
+        ("deflate", b"no deflate", 400),
+    ],
+    ids=[
+        *("gzip", "another case and name", "deflate", "bare deflate", "none", "a bomb", "at the limit", "over it"),
+        *("cut off", "with a tail", "empty gzip", "empty deflate", "no deflate"),
+    ],
+)
+async def test_a_coded_body_is_a_frame_like_another_and_held_to_the_same_limit(
+    home: House, coding: str, body: bytes, status: int
+) -> None:
+    answer = await rpc(home.url, body=body, token=TOKEN, headers={"Content-Encoding": coding})
+    assert (answer.status, answer.response["ok"]) == (status, status == 200)
 
 
 async def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error_of_ours(

@@ -127,6 +127,7 @@ class Gateway:
             access_log=None,
             shutdown_timeout=_SHUTDOWN_S,
             lingering_time=_LINGERING_S,
+            auto_decompress=False,
         )
 
     def _new_metrics(self, core: Runs) -> GatewayMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -31,6 +32,9 @@ from corral.storage.api import Store, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 _JSON = "application/json"
+_CODINGS = frozenset({"identity", "gzip", "x-gzip", "deflate"})
+"""What a body may be coded as. Unpacked here and not by aiohttp, which would refuse what it does not know
+before it is asked who calls and for what."""
 
 
 def guard(policy: OriginPolicy, door: Door) -> Middleware:
@@ -107,7 +111,10 @@ class Rpc:
             raise Refused(405, InvalidRequest("/rpc takes POST"), allow="POST, OPTIONS")
         if request.headers.get(hdrs.CONTENT_TYPE) is None or request.content_type != _JSON:
             raise Refused(415, InvalidRequest("the Content-Type must be application/json"))
-        body = await self._body(request)
+        coding = ", ".join(request.headers.getall(hdrs.CONTENT_ENCODING, ["identity"])).strip().lower()
+        if coding not in _CODINGS:
+            raise Refused(415, InvalidRequest("the Content-Encoding must be gzip, deflate or none"))
+        body = await self._body(request, coding)
         try:
             return read_request(body.decode("utf-8"))
         except UnicodeDecodeError:
@@ -115,7 +122,7 @@ class Rpc:
         except BadFrame as error:
             raise Refused(400, error, error.frame_id) from None
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.Request, coding: str) -> bytes:
         too_big = Refused(413, InvalidRequest(f"a frame must not be longer than {self._max_bytes} bytes"))
         if request.content_length is not None and request.content_length > self._max_bytes:
             raise too_big
@@ -125,9 +132,12 @@ class Rpc:
                 body += chunk
                 if len(body) > self._max_bytes:
                     raise too_big
-        except web.RequestPayloadError:
+            plain = bytes(body) if coding == "identity" else _unpacked(body, coding, self._max_bytes + 1)
+        except (web.RequestPayloadError, zlib.error):
             raise Refused(400, InvalidRequest("the body is not what its headers say")) from None
-        return bytes(body)
+        if len(plain) > self._max_bytes:
+            raise too_big
+        return plain
 
     async def _answer(self, request: web.Request, frame: RequestFrame, principal: Principal) -> web.Response:
         frames: list[bytes] = []
@@ -170,6 +180,18 @@ class Rpc:
                 extra={"action": "http.run_events_failed", "run": result.run_id, "tenant": caller.tenant_id},
             )
             return []
+
+
+def _unpacked(body: bytes | bytearray, coding: str, most: int) -> bytes:
+    """`body` without its coding, at most `most` bytes. Raises zlib.error if it is not so coded, or broken off."""
+    # What is called deflate comes with zlib's header (whose first byte ends in 8) or, from some clients, without it;
+    # 32 finds out by itself whether it is gzip or zlib.
+    bare = coding == "deflate" and body[:1] != b"" and body[0] & 15 != 8
+    unpack = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+    plain = unpack.decompress(body, most)
+    if unpack.unused_data or (not unpack.eof and len(plain) < most):
+        raise zlib.error("the end is missing, or something follows it")
+    return plain
 
 
 class Health:

@@ -18,7 +18,7 @@ _RPC_STATUSES = {
     "403": "The Host or Origin header is foreign.",
     "405": "Another verb than POST.",
     "413": "The body is longer than `limits.maxFrameBytes`.",
-    "415": "The Content-Type is not application/json.",
+    "415": "The Content-Type is not application/json, or the Content-Encoding is none of gzip and deflate.",
     "429": "Too many requests: Retry-After, and `retryAfterMs` in the error's details, say how long to wait.",
     "503": "The server is shutting down, or its store cannot be used.",
 }
