@@ -87,6 +87,26 @@ async def test_a_rejection_is_told_to_the_model_with_its_comment(open_house: Ope
         assert not (workspace(home) / "a.txt").exists()
 
 
+async def test_records_name_the_workspace_that_a_thing_lies_in_not_the_one_the_call_was_made_in(
+    open_house: Open,
+) -> None:
+    async with open_house(ONCE, ASKS) as home:
+        token = await home.add_token("ann", workspaces=["w_default", "w_b"], roles=["owner"])
+        async with await home.wire(token) as wire:
+            await wire.effect("agents.upsert", workspaceId="w_b", agent={"id": "a_default"})
+            there = (await wire.effect("sessions.create", workspaceId="w_b"))["session"]["id"]
+            await wire.effect("sessions.update", sessionId=there, title="from elsewhere")
+            approval = await waiting(home, wire, sessionId=there)
+            resolve = {"approvalId": approval["approvalId"], "decision": "approve", "remember": "workspace"}
+            await wire.effect("approval.resolve", **resolve)
+            await wire.event("agent.completed")
+            (grant,) = (await wire.request("grants.list", {"workspaceId": "w_b"}))["items"]
+            await wire.effect("grants.revoke", grantId=grant["grantId"], workspaceId="w_b")
+            for action in ("session.create", "session.update", "agent.run", "grant.created", "grant.revoked"):
+                (record,) = (await wire.request("audit.query", {"action": action, "actor": "ann"}))["items"]
+                assert (action, record["metadata"]["workspaceId"]) == (action, "w_b")
+
+
 async def test_of_many_decisions_at_once_one_wins_and_the_others_get_the_standing_one(open_house: Open) -> None:
     async with open_house(ONCE, ASKS) as home, await home.wire() as wire:
         approval = await waiting(home, wire)

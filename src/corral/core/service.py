@@ -166,8 +166,9 @@ class CoreService:
         return AgentRunResult(run_id=run.id, session_id=session.id, status="accepted")
 
     def _record(self, tx: Transaction, caller: Caller, run: RunRow, action: str, metadata: dict[str, Any]) -> None:
+        shown = {"workspaceId": run.workspace_id, **metadata}
         self._deps.audit.record_by(
-            tx, caller, action, "run", run.id, metadata=metadata, session_id=run.session_id, run_id=run.id
+            tx, caller, action, "run", run.id, metadata=shown, session_id=run.session_id, run_id=run.id
         )
 
     def _session_for(self, tx: Transaction, prepared: PreparedRun, now: int) -> tuple[SessionRow, dict[str, Any]]:

@@ -79,7 +79,8 @@ class SessionMethods:
 
     def record(self, tx: Transaction, caller: Caller, row: SessionRow, action: str, metadata: dict[str, Any]) -> None:
         """Audit what the caller did with a session."""
-        self._audit.record_by(tx, caller, action, "session", row.id, metadata=metadata, session_id=row.id)
+        shown = {"workspaceId": row.workspace_id, **metadata}
+        self._audit.record_by(tx, caller, action, "session", row.id, metadata=shown, session_id=row.id)
 
     def new_row(self, caller: Caller, session_id: str, agent_id: str, now_ms: int) -> SessionRow:
         """A session of the caller's with the defaults, not yet inserted."""

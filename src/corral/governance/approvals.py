@@ -322,7 +322,12 @@ class Approvals:
         )
 
     def _record_grant(self, tx: Transaction, caller: Caller, row: GrantRow, action: str) -> None:
-        shown = {"toolName": row.tool_name, "matcher": row.matcher, "approvalId": row.approval_id}
+        shown = {
+            "workspaceId": row.workspace_id,
+            "toolName": row.tool_name,
+            "matcher": row.matcher,
+            "approvalId": row.approval_id,
+        }
         self._audit.record_by(tx, caller, action, "grant", row.id, metadata=shown, session_id=row.session_id)
 
 

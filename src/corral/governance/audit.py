@@ -116,7 +116,10 @@ class Audit:
         session_id: str | None = None,
         run_id: str | None = None,
     ) -> AuditRow:
-        """`record` for what a caller does, with the actor, tenant, workspace and trace that the gateway gave it."""
+        """`record` for what a caller does, with the actor, tenant, workspace and trace that the gateway gave it.
+
+        What is done to something that lies in another workspace than the call was made in has that in `metadata`.
+        """
         return self.record(
             tx,
             tenant_id=caller.tenant_id,
