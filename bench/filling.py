@@ -26,7 +26,7 @@ from corral.governance.metrics import bucket_of
 from corral.storage import tables as t
 from corral.storage._sqlite_connections import dispose, driver, make_engine, open_writer
 from corral.storage.repositories import Transaction
-from corral.storage.rows import RunFact
+from corral.storage.rows import ApprovalFact, RunFact
 from corral.storage.sqlite import SqliteStore
 
 TENANT, WORKSPACE, OWNER = "t_default", "w_default", "u_owner"
@@ -79,6 +79,9 @@ def _fill(path: Path, size: Size) -> None:
     transaction.tenants.ensure(TENANT, WORKSPACE, MEMBER, now_ms=begin)
     for number in range(size.sessions):
         transaction.metrics.add(_fact(number, size, begin))
+    for row in _approvals(size, begin):
+        if row["resolved_at"] is not None:
+            transaction.metrics.decided(_decision(row))
     raw.control("COMMIT")
     raw.control("PRAGMA wal_checkpoint(TRUNCATE)")
     dispose(connection)
@@ -275,6 +278,16 @@ def _fact(number: int, size: Size, begin: int) -> RunFact:
         output_tokens=10,
         cost_usd=0.001,
         finished_at=_at(number, size.sessions, begin) + 1000,
+    )
+
+
+def _decision(row: dict[str, Any]) -> ApprovalFact:
+    names = ("tenant_id", "workspace_id", "status", "resolved_at")
+    return ApprovalFact(
+        **{name: row[name] for name in names},
+        approval_id=row["id"],
+        agent_id=f"a_{int(row['id'][3:]) % 3}",
+        wait_ms=row["resolved_at"] - row["created_at"],
     )
 
 

@@ -144,8 +144,8 @@ async def _ask_all(asking: dict[str, Asking], sizes: dict[str, Size], rounds: in
         row = await _pair(query, asking, what, rounds)
         row.target = None
         row.note = (
-            "metrics.summary of everything reads the wait of each approval that a person decided on, here one for each "
-            "run; counts and latencies come from sums by the hour."
+            "metrics.summary of everything goes through the decisions of people one by one, here one for each run, for "
+            "the median of their waits; what it says of runs comes from sums by the hour."
         )
         rows.append(row)
     return rows

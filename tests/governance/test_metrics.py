@@ -23,14 +23,16 @@ from corral.protocol.events import AgentAccepted, AgentMessage, AgentToolCall, A
 from corral.protocol.methods import MetricsParams
 from corral.protocol.types import Metrics, Usage
 from corral.storage.events import append
-from corral.storage.repositories import Transaction
+from corral.storage.repositories import Transaction, usage
 from tests.governance.audit_house import caller
-from tests.storage.make import approval, run, session, tool_run
+from tests.storage.make import approval, decision, run, session, tool_run
 from tests.support.house import House, house
+from tests.support.model_server import CallTools, Say
 
 T, W = "t_default", "w_default"
 HOUR = 3_600_000
 BEGIN = 1_700_000_000_000 // HOUR * HOUR
+AGENT = {"agentId": "a_default"}
 CODES = ["MODEL_UNAVAILABLE", "LIMIT_REACHED", "INTERNAL_ERROR"]
 
 
@@ -202,12 +204,25 @@ def test_a_bucket_is_narrow_and_its_middle_is_near_everything_in_it() -> None:
             before = bucket
 
 
-async def test_a_deleted_session_leaves_its_runs_counted(home: House) -> None:
-    deps = home.server.core._deps
-    await home.server.store.write(lambda tx: make_run(tx, deps, random.Random(5), 1))
-    await home.server.store.write(lambda tx: tx.sessions.delete(T, "s_1"))
-    period = {"from_": rfc3339(BEGIN - HOUR), "to": rfc3339(BEGIN + 110 * HOUR)}
-    assert (await summary(home, **period)).runs_total == 1
+async def test_a_deleted_session_leaves_its_runs_and_what_people_decided_in_it_counted(tmp_path: Path) -> None:
+    def writes(request: dict[str, Any]) -> Any:
+        answered = request["messages"][-1]["role"] == "tool"
+        return Say("done") if answered else CallTools([("file_write", {"path": "a", "content": "b"})])
+
+    async with house(tmp_path / "data", script=writes) as home, await home.wire() as wire:
+        for decision in ("approve", "reject", "reject"):
+            run = await wire.effect("agent.run", input="write", sessionId="s_1")
+            asked = (await wire.event("approval.required", runId=run["runId"]))["payload"]
+            await wire.effect("approval.resolve", approvalId=asked["approvalId"], decision=decision)
+            await wire.event("agent.completed", runId=run["runId"])
+        period = {"from": "2020-01-01T00:00:00Z", "to": "2100-01-01T00:00:00Z"}
+        before = [(await wire.request("metrics.summary", {**period, **more}))["metrics"] for more in ({}, AGENT)]
+        for figures in before:
+            assert (figures["runsTotal"], figures["approvalsApproved"], figures["approvalsRejected"]) == (3, 1, 2)
+            assert figures["approvalWaitP50Ms"] is not None
+        await wire.effect("sessions.delete", sessionId="s_1")
+        after = [(await wire.request("metrics.summary", {**period, **more}))["metrics"] for more in ({}, AGENT)]
+        assert after == before
 
 
 async def test_approvals_count_by_when_people_decided_and_pending_ones_are_those_of_now(home: House) -> None:
@@ -223,6 +238,9 @@ async def test_approvals_count_by_when_people_decided_and_pending_ones_are_those
             tx.approvals.insert(
                 approval(f"ap_{number}", T, status=status, created_at=BEGIN, resolved_at=resolved, **names)
             )
+            if status in ("approved", "rejected"):
+                told: dict[str, Any] = {"status": status, "workspace_id": W, "agent_id": agent, "wait_ms": wait}
+                tx.metrics.decided(decision(f"ap_{number}", T, resolved_at=BEGIN + wait, **told))
 
     await home.server.store.write(fill)
 
@@ -241,6 +259,28 @@ async def test_approvals_count_by_when_people_decided_and_pending_ones_are_those
     assert figures(await summary(home)) == (1, 0, 0, None)
     assert figures(await summary(home, of=who("w_other"), from_=begin, to=end)) == (0, 0, 0, None)
     assert figures(await summary(home, of=who(tenant_id="t_other"), from_=begin, to=end)) == (0, 0, 0, None)
+
+
+async def test_the_median_of_many_waits_is_that_of_few(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is looked for: put in order, or in the order in which the waits are kept."""
+    rng = random.Random(6)
+
+    def fill(tx: Transaction) -> None:
+        for number in range(400):
+            given: dict[str, Any] = {"status": rng.choice(["approved", "rejected"]), "wait_ms": rng.randrange(200)}
+            given |= {"workspace_id": rng.choice([W, "w_other"]), "agent_id": rng.choice(["a_default", "a_2"])}
+            tx.metrics.decided(decision(f"ap_{number}", T, resolved_at=BEGIN + rng.randrange(HOUR), **given))
+
+    await home.server.store.write(fill)
+    for number in range(20):
+        a, b = sorted(BEGIN + rng.randrange(HOUR) for _ in range(2))
+        agent = {"agent_id": "a_2"} if number % 2 else {}
+        found = []
+        for many in (0, 10_000):
+            monkeypatch.setattr(usage, "_MANY", many)
+            found.append(await summary(home, from_=rfc3339(a), to=rfc3339(b), **agent))
+        assert found[0] == found[1]
+        assert found[0].approval_wait_p50_ms is not None or found[0].approvals_approved == 0
 
 
 async def test_without_a_period_it_is_the_last_24_hours_up_to_what_ends_now(home: House) -> None:

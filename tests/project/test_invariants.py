@@ -343,6 +343,17 @@ VIOLATIONS: dict[str, tuple[str, str]] = {
     ),
     "a run that is not counted": ("DELETE FROM run_facts", "and not counted in run_facts"),
     "a run that is counted otherwise": ("UPDATE run_facts SET tool_failures = 9", "is counted with tool_failures 9"),
+    "a decision that is not counted": ("DELETE FROM approval_facts", "and not counted in approval_facts"),
+    "a decision that is counted otherwise": ("UPDATE approval_facts SET wait_ms = 9999999", "is counted with wait_ms"),
+    "a decision that is counted twice": (
+        "INSERT INTO approval_facts SELECT tenant_id, workspace_id, resolved_at + 1, approval_id, agent_id, status, "
+        "wait_ms FROM approval_facts LIMIT 1",
+        "is counted twice",
+    ),
+    "a decision that nobody made": (
+        "UPDATE approval_facts SET approval_id = 'ap_none'",
+        "which nobody recorded",
+    ),
     "an hour that does not add up": ("UPDATE run_hours SET completed = completed + 1", "completed, the runs are"),
     "an hour that costs more than its runs": ("UPDATE run_hours SET cost_usd = cost_usd + 1", "cost_usd, the runs are"),
     "an hour with more words than its runs": ("UPDATE run_hours SET output_tokens = 9", "output_tokens, the runs are"),

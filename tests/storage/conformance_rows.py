@@ -22,6 +22,7 @@ from tests.storage.make import (
     approval,
     audit,
     claim,
+    decision,
     fact,
     grant,
     key,
@@ -516,6 +517,7 @@ def fill(tx: Transaction, tenant: str) -> None:
     tx.usage.add(tenant, UsageRow(scope="workspace:w_1", day=1, steps=1, tokens=2, cost_usd=0.5))
     tx.usage.reserve(tenant, "run_1", UsageRow(scope="workspace:w_1", day=1, steps=1))
     tx.metrics.add(fact(tenant_id=tenant))
+    tx.metrics.decided(decision(tenant_id=tenant))
 
 
 _ALL = ("w_1", "a_default", 0, 2**60)
@@ -535,7 +537,8 @@ READS: dict[str, Callable[[Transaction, str], Any]] = {
     "metrics.fact_buckets": lambda tx, t: tx.metrics.fact_buckets(t, *_ALL),
     "metrics.fact_failures": lambda tx, t: tx.metrics.fact_failures(t, *_ALL),
     "metrics.latencies": lambda tx, t: tx.metrics.latencies(t, *_ALL),
-    "metrics.waits": lambda tx, t: tx.metrics.waits(t, *_ALL),
+    "metrics.decisions": lambda tx, t: tx.metrics.decisions(t, *_ALL),
+    "metrics.wait": lambda tx, t: [tx.metrics.wait(t, *_ALL, rank) for rank in (1, 2)],
     "metrics.pending": lambda tx, t: tx.metrics.pending(t, "w_1", "a_default"),
     "sessions.get": lambda tx, t: tx.sessions.get(t, "s_1"),
     "sessions.page": lambda tx, t: tx.sessions.page(t, "w_1", user_id="u_1", agent_id=None, limit=9, before=None),
@@ -590,6 +593,7 @@ CHANGES: dict[str, Callable[[Transaction], Any]] = {
     "usage.release": lambda tx: tx.usage.release(A, "run_1"),
     "usage.reserve": lambda tx: tx.usage.reserve(A, "run_1", UsageRow(scope="tenant:t_a", day=1, steps=1)),
     "metrics.add": lambda tx: tx.metrics.add(fact("run_2")),
+    "metrics.decided": lambda tx: tx.metrics.decided(decision("ap_2")),
     "outputs.purge": lambda tx: tx.outputs.purge(A, "call_2", 9),
     "sessions.update": lambda tx: tx.sessions.update(A, "s_1", title="changed"),
     "sessions.delete": lambda tx: tx.sessions.delete(A, "s_1"),

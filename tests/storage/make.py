@@ -7,6 +7,7 @@ from typing import Any
 from corral.storage.repositories import Transaction
 from corral.storage.rows import (
     AgentRow,
+    ApprovalFact,
     ApprovalRow,
     AuditRow,
     GrantRow,
@@ -204,6 +205,17 @@ def fact(run_id: str = "run_1", tenant_id: str = A, **fields: Any) -> RunFact:
         "cost_usd": 0.5,
     }
     return RunFact(tenant_id=tenant_id, run_id=run_id, **(values | fields))
+
+
+def decision(approval_id: str = "ap_1", tenant_id: str = A, **fields: Any) -> ApprovalFact:
+    values: dict[str, Any] = {
+        "workspace_id": "w_1",
+        "agent_id": "a_default",
+        "resolved_at": NOW,
+        "status": "approved",
+        "wait_ms": 100,
+    }
+    return ApprovalFact(tenant_id=tenant_id, approval_id=approval_id, **(values | fields))
 
 
 def audit(record_id: int = 1, tenant_id: str = A, **fields: Any) -> AuditRow:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from corral.storage import schema
+from corral.storage.repositories import Transaction
 from corral.storage.snapshot import contradictions, damage, schema_of
 from corral.storage.sqlite import SqliteStore
 from tests.cli.command import call_here
@@ -47,6 +49,7 @@ async def test_it_becomes_what_a_new_one_is_and_keeps_every_row_with_every_value
     try:
         for tenant in TENANTS:
             await what_ended_before_is_counted(store, tenant)
+        await what_was_decided_before_is_counted(store, path)
     finally:
         await store.close()
     after = contents(path)
@@ -64,6 +67,25 @@ async def what_ended_before_is_counted(store: SqliteStore, tenant: str) -> None:
     assert (sums.completed, sums.failed, sums.aborted, sums.tool_failures) == (1, 1, 1, 2)
     assert (sums.input_tokens, sums.output_tokens, sums.cost_usd, sums.priced) == (300, 30, 0.25, 1)
     assert await store.read(lambda tx: tx.metrics.hours(tenant, "w_default", None, 0, 10**6)) == sums
+
+
+async def what_was_decided_before_is_counted(store: SqliteStore, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        decided = database.execute(
+            "SELECT a.tenant_id, a.workspace_id, r.agent_id, sum(a.status = 'approved'), sum(a.status = 'rejected'), "
+            "max(a.resolved_at - a.created_at) FROM approvals AS a "
+            "JOIN runs AS r ON r.tenant_id = a.tenant_id AND r.id = a.run_id "
+            "WHERE a.status IN ('approved', 'rejected') GROUP BY a.tenant_id, a.workspace_id, r.agent_id"
+        ).fetchall()
+    for tenant, workspace, agent, *due in decided:
+        of = (tenant, workspace, agent, 0, 2**60)
+        assert await store.read(partial(_decided, of)) == due
+
+
+def _decided(of: tuple[str, str, str, int, int], tx: Transaction) -> list[int | None]:
+    """How many were approved and rejected, and the longest wait."""
+    counts = tx.metrics.decisions(*of)
+    return [*counts, tx.metrics.wait(*of, sum(counts))]
 
 
 @each_revision

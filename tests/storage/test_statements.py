@@ -111,6 +111,8 @@ def test_a_page_of_sessions_is_read_in_order_and_passes_over_nobody_elses(
 
 HOURS = "tenant_id=? AND workspace_id=? AND hour>? AND hour<?"
 FINISHED = "tenant_id=? AND workspace_id=? AND finished_at>? AND finished_at<?"
+RESOLVED = FINISHED.replace("finished_at", "resolved_at")
+BY_WAIT = "approval_facts_by_wait (tenant_id=? AND workspace_id=?)"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,9 @@ FINISHED = "tenant_id=? AND workspace_id=? AND finished_at>? AND finished_at<?"
         ),
         *((each, f"run_hours USING PRIMARY KEY ({HOURS})") for each in usage._HOUR_SUMS.values()),
         *((each, f"run_facts USING PRIMARY KEY ({FINISHED})") for each in usage._FACT_SUMS.values()),
+        *((each, f"approval_facts USING PRIMARY KEY ({RESOLVED})") for each in usage._DECISIONS.values()),
+        # Without `USE TEMP B-TREE FOR ORDER BY`.
+        *((each, f"approval_facts USING COVERING INDEX {BY_WAIT}") for each in usage._WAIT_OF_MANY.values()),
     ],
 )
 def test_a_page_of_a_journal_and_the_sums_of_a_period_are_read_from_where_they_begin_to_where_they_end(

@@ -38,7 +38,7 @@ from corral.protocol.types import Approval, ApprovalStatus, Grant
 from corral.storage.api import Store, StoreUnavailable
 from corral.storage.events import append
 from corral.storage.repositories import Transaction
-from corral.storage.rows import ApprovalRow, GrantRow, RunRow, ToolRunRow
+from corral.storage.rows import ApprovalFact, ApprovalRow, GrantRow, RunRow, ToolRunRow
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +282,8 @@ class Approvals:
         for name, value in changes.items():
             setattr(row, name, value)
         append(tx, row.tenant_id, approval_view(row), now_ms, event="approval.resolved")
+        if status in (ApprovalStatus.APPROVED, ApprovalStatus.REJECTED):
+            _count(tx, row, now_ms)
         outcome: Outcome = "ok" if status is ApprovalStatus.APPROVED else "denied"
         extra = {"status": str(status), "comment": row.comment}
         self._record(tx, row, "approval.resolved", by or "system", actor, trace_id, outcome, extra)
@@ -329,6 +331,21 @@ class Approvals:
             "approvalId": row.approval_id,
         }
         self._audit.record_by(tx, caller, action, "grant", row.id, metadata=shown, session_id=row.session_id)
+
+
+def _count(tx: Transaction, row: ApprovalRow, now_ms: int) -> None:
+    """Keep for the metrics what a person decided: it stays counted when the session is deleted."""
+    run = tx.runs.get(row.tenant_id, row.run_id)
+    fact = ApprovalFact(
+        tenant_id=row.tenant_id,
+        workspace_id=row.workspace_id,
+        agent_id=run.agent_id if run is not None else "",
+        approval_id=row.id,
+        resolved_at=now_ms,
+        status=row.status,
+        wait_ms=max(0, now_ms - row.created_at),
+    )
+    tx.metrics.decided(fact)
 
 
 def approval_view(row: ApprovalRow) -> Approval:

@@ -10,8 +10,9 @@ left at its two ends run by run, so that a million runs do not have to be looked
   Percentiles (nearest rank) are exact up to 10,000 runs in the period, beyond that within 3.2 %.
 - `toolCallsTotal` are the calls of those runs, `toolFailures` those that failed or were interrupted.
 - `costUsd` adds up the runs whose cost is known; null if there were runs and it is known of none.
-- Approvals count by when people decided; `approvalsPending` is what waits now, whatever the period. They go
-  with their session when it is deleted; runs stay counted.
+- Approvals count by when people decided; `approvalsPending` is what waits now, whatever the period. The wait's median
+  is exact.
+- What was counted stays counted when its session is deleted, runs and decisions alike.
 """
 
 from __future__ import annotations
@@ -87,8 +88,7 @@ class MetricsMethods:
         sums, failures = period.sums(), period.failures()
         runs = sums.completed + sums.failed + sums.aborted
         p50, p95, p99 = period.percentiles(runs, (0.5, 0.95, 0.99))
-        waits = period.waits()
-        decided = Counter(status for status, _ in waits)
+        approved, rejected = period.decisions()
         return MetricsResult(
             metrics=Metrics(
                 runs_total=runs,
@@ -103,9 +103,9 @@ class MetricsMethods:
                 tool_calls_total=sums.tool_calls,
                 tool_failures=sums.tool_failures,
                 approvals_pending=period.pending(),
-                approvals_approved=decided["approved"],
-                approvals_rejected=decided["rejected"],
-                approval_wait_p50_ms=nearest_rank([wait for _, wait in waits], 0.5),
+                approvals_approved=approved,
+                approvals_rejected=rejected,
+                approval_wait_p50_ms=period.wait(approved + rejected, 0.5),
                 input_tokens=sums.input_tokens,
                 output_tokens=sums.output_tokens,
                 cost_usd=sums.cost_usd if sums.priced or not runs else None,
@@ -172,8 +172,15 @@ class _Period:
                 buckets.update({int(name): count for name, count in counts.items()})
         return buckets
 
-    def waits(self) -> list[tuple[str, int]]:
-        return self._metrics.waits(*self._of, self._from, self._to)
+    def decisions(self) -> tuple[int, int]:
+        return self._metrics.decisions(*self._of, self._from, self._to)
+
+    def wait(self, decisions: int, share: float) -> float | None:
+        """How long this share of so many decisions was not waited for longer than."""
+        if not decisions:
+            return None
+        wait = self._metrics.wait(*self._of, self._from, self._to, ceil(share * decisions))
+        return None if wait is None else float(wait)
 
     def pending(self) -> int:
         return self._metrics.pending(*self._of)

@@ -317,6 +317,19 @@ class RunFact(Struct, kw_only=True, frozen=True):
     cost_usd: float | None
 
 
+class ApprovalFact(Struct, kw_only=True, frozen=True):
+    """What metrics keep of a call that a person decided on. `status` is approved or rejected; `wait_ms` how long
+    the person was waited for."""
+
+    tenant_id: str
+    workspace_id: str
+    agent_id: str
+    approval_id: str
+    resolved_at: int
+    status: str
+    wait_ms: int
+
+
 class RunSums(Struct, kw_only=True):
     """Runs added up. `priced` is the number of those whose cost is known and in `cost_usd`."""
 

@@ -6,7 +6,7 @@ from sqlalchemy import Column, Connection, MetaData, PrimaryKeyConstraint, Strin
 
 from corral.storage.tables import metadata
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest revision under `migrations/versions`; revisions are numbers of four digits."""
 
 # As Alembic itself makes it, so that it finds what was stamped without it.

@@ -57,7 +57,6 @@ DONE = text("state = 'done'")
 HAS_RUN = text("run_id IS NOT NULL")
 HAS_SESSION = text("session_id IS NOT NULL")
 PENDING = text("status = 'pending'")
-RESOLVED = text("resolved_at IS NOT NULL")
 SHARED = text("visibility = 'workspace'")
 
 # A partial index keeps its condition in `info` as well, for a store on PostgreSQL to take from there:
@@ -392,18 +391,6 @@ approvals = Table(
     Index("approvals_newest", "tenant_id", "workspace_id", "status", "created_at", "id"),
     Index("approvals_of_session", "tenant_id", "session_id", "status", "created_at", "id"),
     Index("approvals_of_run", "tenant_id", "run_id", "created_at", "id"),
-    # All that the metrics of a period need: read without the table.
-    Index(
-        "approvals_resolved",
-        "tenant_id",
-        "workspace_id",
-        "resolved_at",
-        "status",
-        "created_at",
-        "run_id",
-        sqlite_where=RESOLVED,
-        info={"where": RESOLVED},
-    ),
     # Small whatever the history: what the task that lets them expire reads.
     Index("approvals_pending", "tenant_id", "expires_at", sqlite_where=PENDING, info={"where": PENDING}),
 )
@@ -510,6 +497,23 @@ run_facts = Table(
     Column("output_tokens", BigInteger, nullable=False),
     Column("cost_usd", Float),
     PrimaryKeyConstraint("tenant_id", "workspace_id", "finished_at", "run_id", name="run_facts_pkey"),
+    sqlite_with_rowid=False,
+)
+
+# What people decided, one narrow row for each decision: expired and cancelled approvals are none.
+approval_facts = Table(
+    "approval_facts",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("workspace_id", Text, nullable=False),
+    Column("resolved_at", BigInteger, nullable=False),
+    Column("approval_id", Text, nullable=False),
+    Column("agent_id", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("wait_ms", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "workspace_id", "resolved_at", "approval_id", name="approval_facts_pkey"),
+    # For the median of a great many, which need not be put in order then.
+    Index("approval_facts_by_wait", "tenant_id", "workspace_id", "wait_ms", "resolved_at", "agent_id"),
     sqlite_with_rowid=False,
 )
 

@@ -64,6 +64,33 @@ def _fact(run: Row, calls: int, failures: int) -> Row:
     }
 
 
+def decisions(store: Snapshot) -> Iterator[str]:
+    """What a person decided is counted once, as it was decided, and stays counted when the session is gone."""
+    rows = {(row["tenant_id"], row["approval_id"]): row for row in store.tables["approval_facts"]}
+    if len(rows) != len(store.tables["approval_facts"]):
+        yield "a decision is counted twice in approval_facts"
+    for (tenant, approval_id), row in store.approvals.items():
+        fact = rows.pop((tenant, approval_id), None)
+        if row["status"] not in ("approved", "rejected"):
+            if fact is not None:
+                yield f"approval {approval_id} is {row['status']} and counted in approval_facts"
+            continue
+        if fact is None:
+            yield f"approval {approval_id} is {row['status']} and not counted in approval_facts"
+            continue
+        due = {name: row[name] for name in ("workspace_id", "resolved_at", "status")}
+        due["agent_id"] = store.runs[tenant, row["run_id"]]["agent_id"]
+        due["wait_ms"] = max(0, row["resolved_at"] - row["created_at"])
+        for name, value in due.items():
+            if fact[name] != value:
+                yield f"approval {approval_id} is counted with {name} {fact[name]}, it was {value}"
+    for (tenant, approval_id), row in rows.items():
+        records = store.audit.get((tenant, "approval.resolved", approval_id), [])
+        told = [record["metadata"]["status"] for record in records]
+        if tenant in store.whole_audits and told != [row["status"]]:
+            yield f"approval_facts counts approval {approval_id} as {row['status']}, which nobody recorded"
+
+
 def hours(store: Snapshot) -> Iterator[str]:
     """The sums by the hour are those of the facts."""
     due: Counter[tuple[object, ...]] = Counter()
@@ -107,4 +134,4 @@ def reservations(store: Snapshot) -> Iterator[str]:
             yield f"the budget {row['scope']} has something set aside for run {row['run_id']}, which has ended"
 
 
-count_rules = (facts, hours, reservations)
+count_rules = (facts, decisions, hours, reservations)

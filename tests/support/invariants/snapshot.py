@@ -32,6 +32,7 @@ _TABLES = (
     "tokens",
     "audit_log",
     "run_facts",
+    "approval_facts",
     "run_hours",
     "run_hour_counts",
     "reservations",

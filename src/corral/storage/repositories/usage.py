@@ -16,19 +16,19 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    or_,
     select,
 )
 
 from corral.storage import tables as t
 from corral.storage.repositories._base import Repository, Upsert, bound, is_
-from corral.storage.rows import RunFact, RunSums, UsageRow
+from corral.storage.rows import ApprovalFact, RunFact, RunSums, UsageRow
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 
 _d = t.usage_days.c
 _v = t.reservations.c
 _f = t.run_facts.c
+_w = t.approval_facts.c
 _h = t.run_hours.c
 _k = t.run_hour_counts.c
 _a = t.approvals.c
@@ -129,6 +129,7 @@ def _bound(row: UsageRow) -> dict[str, Any]:
 
 
 _INSERT_FACT = insert(t.run_facts).values({c.key: bindparam(f"v_{c.key}") for c in t.run_facts.c})
+_INSERT_DECISION = insert(t.approval_facts).values({c.key: bindparam(f"v_{c.key}") for c in t.approval_facts.c})
 _ADD_HOUR = _Adding(t.run_hours)
 _ADD_COUNTS = {rows: _Adding(t.run_hour_counts, rows=rows) for rows in (2, 3)}
 
@@ -170,26 +171,28 @@ _FACT_FAILURES = _of_agent(
 )
 _LATENCIES = _of_agent(select(_f.latency_ms).where(*_FACTS_WHERE).order_by(_f.latency_ms), _f.agent_id)
 
-_RESOLVED_WHERE = (t.RESOLVED, is_(_a.tenant_id), is_(_a.workspace_id), *_period(_a.resolved_at))
+# Counted and put in order by the database, which need not make objects of a hundred thousand rows.
+_OF_PLACE = (is_(_w.tenant_id), is_(_w.workspace_id))
+_DECIDED = (*_OF_PLACE, *_period(_w.resolved_at))
+_BY_STATUS: list[ColumnElement[Any]] = [func.count(case((_w.status == name, 1))) for name in ("approved", "rejected")]
+_DECISIONS = _of_agent(select(*_BY_STATUS).where(*_DECIDED), _w.agent_id)
+_IN_ORDER = select(_w.wait_ms).where(*_OF_PLACE).order_by(_w.wait_ms).limit(1).offset(bindparam("b_shorter"))
+_WAIT = _of_agent(_IN_ORDER.where(*_period(_w.resolved_at)), _w.agent_id)
+# Along the waits in their order, passing over those of other times: nothing is to be sorted.
+_WAIT_OF_MANY = _of_agent(_IN_ORDER.where(*_period(_w.resolved_at + 0)), _w.agent_id)
+_MANY = 10_000
+
 _OF_RUN = (_r.tenant_id == _a.tenant_id) & (_r.id == _a.run_id)
-
-
-def _approvals_of_agent(statement: Select[Any]) -> dict[bool, Select[Any]]:
-    return {False: statement, True: statement.join(t.runs, _OF_RUN).where(_r.agent_id + "" == bound("agent_id", _r.id))}
-
-
-_WAITS = _approvals_of_agent(
-    select(_a.status, _a.resolved_at - _a.created_at)
-    .where(*_RESOLVED_WHERE, or_(_a.status == "approved", _a.status == "rejected"))
-    .order_by(_a.resolved_at - _a.created_at)
-)
-_PENDING = _approvals_of_agent(
-    select(func.count()).select_from(t.approvals).where(is_(_a.tenant_id), is_(_a.workspace_id), is_(_a.status))
-)
+_WAITING = select(func.count()).select_from(t.approvals).where(is_(_a.tenant_id), is_(_a.workspace_id), is_(_a.status))
+_PENDING = {
+    False: _WAITING,
+    True: _WAITING.join(t.runs, _OF_RUN).where(_r.agent_id + "" == bound("agent_id", _r.id)),
+}
 
 
 class Metrics(Repository):
-    """Runs that have ended: each one's facts, and the sums of each hour (hours since the epoch)."""
+    """Runs that have ended: each one's facts, and the sums of each hour (hours since the epoch). And what
+    people decided."""
 
     def add(self, fact: RunFact) -> None:
         """Keep the facts of a run that ends and add them to its hour. Raises the driver's IntegrityError
@@ -222,6 +225,10 @@ class Metrics(Repository):
 
     def _fact(self, fact: RunFact) -> None:
         self._connection.execute(_INSERT_FACT, {f"v_{name}": value for name, value in asdict(fact).items()})
+
+    def decided(self, fact: ApprovalFact) -> None:
+        """Keep what a person decided. Raises the driver's IntegrityError if it is kept already."""
+        self._connection.execute(_INSERT_DECISION, {f"v_{name}": value for name, value in asdict(fact).items()})
 
     def hours(self, tenant_id: str, workspace_id: str, agent_id: str | None, from_hour: int, to_hour: int) -> RunSums:
         """The runs that ended in these hours (`to_hour` excluded), added up."""
@@ -262,12 +269,22 @@ class Metrics(Repository):
         values = _values(tenant_id, workspace_id, agent_id, from_ms, to_ms)
         return list(self._connection.execute(_LATENCIES[agent_id is not None], values).scalars())
 
-    def waits(
+    def decisions(
         self, tenant_id: str, workspace_id: str, agent_id: str | None, from_ms: int, to_ms: int
-    ) -> list[tuple[str, int]]:
-        """(status, milliseconds waited) of the approvals that people decided on in the period, by the wait."""
+    ) -> tuple[int, int]:
+        """How many calls people approved, and how many they rejected, with `from_ms` <= `resolved_at` < `to_ms`."""
         values = _values(tenant_id, workspace_id, agent_id, from_ms, to_ms)
-        return [(row[0], row[1]) for row in self._connection.execute(_WAITS[agent_id is not None], values)]
+        approved, rejected = self._connection.execute(_DECISIONS[agent_id is not None], values).one()
+        return approved, rejected
+
+    def wait(
+        self, tenant_id: str, workspace_id: str, agent_id: str | None, from_ms: int, to_ms: int, rank: int
+    ) -> int | None:
+        """The wait for one of those decisions: the shortest is of rank 1. None if there are not so many."""
+        values = _values(tenant_id, workspace_id, agent_id, from_ms, to_ms) | {"b_shorter": rank - 1}
+        statements = _WAIT_OF_MANY if rank > _MANY else _WAIT
+        wait: int | None = self._connection.execute(statements[agent_id is not None], values).scalar_one_or_none()
+        return wait
 
     def pending(self, tenant_id: str, workspace_id: str, agent_id: str | None) -> int:
         """How many approvals wait for a person now."""
