@@ -68,6 +68,9 @@ LONG = f"Remember: {NEEDLE}. " + "This is filler that nobody needs. " * 400
 """About 3,400 tokens: with prompt and tools past the threshold once something else is asked."""
 
 
+COMPACTED = ["session.compacted", "agent.message", "agent.completed"]
+
+
 async def test_past_the_threshold_the_older_history_is_summarised_and_the_summary_is_sent_from_then_on(
     open_house: Open,
 ) -> None:
@@ -98,7 +101,8 @@ async def test_a_compaction_is_journalled_counted_audited_and_paid_for_and_is_no
         ended = await turn(wire, "Go on. " + "x" * 3000)
         compacted = await wire.event("session.compacted")
         payload = compacted["payload"]
-        assert set(payload) == {"sessionId", "before", "after", "summary"}
+        assert set(payload) == {"sessionId", "before", "after", "summary", "usage"}
+        assert payload["usage"] == {"inputTokens": 3000, "outputTokens": 40, "costUsd": None}
         assert payload["summary"] == SUMMARY
         assert WINDOW > payload["before"] > 0.8 * WINDOW
         assert payload["after"] < payload["before"] / 1.5
@@ -274,6 +278,9 @@ async def test_a_history_too_long_for_the_window_is_summarised_in_pieces_that_mi
             assert sum(f"mark-{number}" in text_of(each) for each in asked) == 1
         assert all("The summary so far" in text_of(each) for each in asked[1:])
         assert ended["usage"]["inputTokens"] == 100 * (len(asked) + 1)
+        # Each piece is paid for in a commit of its own and told there; the last in that of the summary.
+        names = [each["event"] for each in await history(wire) if each["runId"] == ended["runId"]]
+        assert names == ["agent.accepted", *["agent.usage"] * (len(asked) - 1), *COMPACTED]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +360,7 @@ async def test_on_rpc_a_compaction_is_one_of_the_run_s_events(open_house: Open) 
             params = {"input": text, "sessionId": "s1", "idempotencyKey": str(number)}
             answer = await rpc(home.url, "agent.run", params, token=home.token)
         names = [event["event"] for event in answer.events]
-        assert names == ["agent.accepted", "session.compacted", "agent.message", "agent.completed"]
+        assert names == ["agent.accepted", *COMPACTED]
 
 
 async def test_what_failed_to_be_summarised_is_paid_for_all_the_same(open_house: Open) -> None:
@@ -362,6 +369,9 @@ async def test_what_failed_to_be_summarised_is_paid_for_all_the_same(open_house:
         await turn(wire, LONG)
         ended = await turn(wire, "Go on. " + "x" * 3000)
         assert ended["usage"]["inputTokens"] == 2100
+        (paid,) = [each["payload"] for each in await history(wire) if each["event"] == "agent.usage"]
+        usage = {"inputTokens": 2000, "outputTokens": 5, "costUsd": None}
+        assert paid == {"sessionId": "s1", "runId": ended["runId"], "reason": "summary", "usage": usage}
 
 
 async def test_an_abort_breaks_a_compaction_off(open_house: Open) -> None:

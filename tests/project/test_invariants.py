@@ -160,7 +160,8 @@ VIOLATIONS: dict[str, tuple[str, str]] = {
     "an output that nobody said": ("UPDATE runs SET output = 'x' WHERE status = 'completed'", "another output"),
     "an error that nobody told": ("UPDATE runs SET error = '{{}}' WHERE status = 'aborted'", "has the error"),
     "steps that nobody made": ("UPDATE runs SET steps = steps + 1", "steps and"),
-    "tokens that nobody used": ("UPDATE runs SET input_tokens = input_tokens + 1", "inputTokens, its messages"),
+    "tokens that nobody used": ("UPDATE runs SET input_tokens = input_tokens + 1", "inputTokens, its events"),
+    "money that nobody spent": ("UPDATE runs SET cost_usd = 1e3", "has the cost 1000.0, its events"),
     "attempts that nobody made": ("UPDATE runs SET attempts = 3", "was resumed with"),
     "a run without a row": ("DELETE FROM runs WHERE session_id = 's_other'", "was accepted and has no row"),
     "a run with an end and a lease": (

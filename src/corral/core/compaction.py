@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 from corral import faults
 from corral.core import summary
 from corral.core.limits import Limits, call_of, limits_of
-from corral.core.model_step import ModelStep, counted, counts
+from corral.core.model_step import ModelStep, counted, counts, usage_of
 from corral.core.state import Deps, Fence, Loaded, policy_of
 from corral.core.transcript import Measured, Opening, Transcript, flush_state, load_transcript, summary_row
 from corral.executor.api import CallContext
@@ -34,7 +34,7 @@ from corral.protocol.errors import (
     ModelUnavailable,
     PolicyDenied,
 )
-from corral.protocol.events import SessionCompacted
+from corral.protocol.events import AgentUsage, SessionCompacted
 from corral.storage.events import append
 from corral.storage.repositories import Transaction
 from corral.storage.rows import RunRow
@@ -263,9 +263,15 @@ class Compaction:
         raise InternalError("the model's answer ended without an end")
 
     async def _pay(self, state: Loaded, finished: Finished, day: int) -> None:
-        """Count a call that was made, and that no summary comes of yet."""
-        run = _paid(state.run, finished)
-        await self._fence.commit(lambda tx: _count(tx, run, finished, day))
+        """Count a call that was made, and that no summary comes of yet; journalled, as all that a run pays for is."""
+        run, now = _paid(state.run, finished), self._deps.clock.now_ms()
+        event = AgentUsage(session_id=run.session_id, run_id=run.id, reason="summary", usage=usage_of(finished))
+
+        def unit(tx: Transaction) -> int:
+            _count(tx, run, finished, day)
+            return append(tx, run.tenant_id, event, now).version
+
+        state.session.state_version = await self._fence.commit(unit)
         state.run = run
 
     async def _write(
@@ -285,7 +291,9 @@ class Compaction:
         session = state.session
         before, after = (round(each) for each in tokens)
         used, count = min(1.0, after / window), session.compaction_count + 1
-        event = SessionCompacted(session_id=session.id, before=before, after=after, summary=opening.summary)
+        event = SessionCompacted(
+            session_id=session.id, before=before, after=after, summary=opening.summary, usage=usage_of(finished)
+        )
         about = {"before": before, "after": after, "count": count, "model": finished.model}
         about |= {"memory": session.memory_flush_state, "reason": self._skipped or None}
 

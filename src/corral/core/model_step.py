@@ -374,14 +374,13 @@ def _tools_of(state: Loaded) -> list[str] | None:
 
 
 def _message_event(run: RunRow, message_id: str, text: str, finished: Finished) -> AgentMessage:
-    usage = finished.usage
     return AgentMessage(
         session_id=run.session_id,
         run_id=run.id,
         message_id=message_id,
         role="assistant",
         text=text,
-        usage=Usage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, cost_usd=usage.cost_usd),
+        usage=usage_of(finished),
     )
 
 
@@ -395,6 +394,12 @@ def _transcript_row(run: RunRow, version: int, message: AssistantMessage, now_ms
         content=message,
         created_at=now_ms,
     )
+
+
+def usage_of(finished: Finished) -> Usage:
+    """What a call cost, as events tell it."""
+    usage = finished.usage
+    return Usage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, cost_usd=usage.cost_usd)
 
 
 def counted(run: RunRow, finished: Finished) -> RunRow:

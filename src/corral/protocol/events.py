@@ -52,6 +52,16 @@ class AgentMessage(Wire, kw_only=True, frozen=True):
     usage: Usage
 
 
+class AgentUsage(Wire, kw_only=True, frozen=True):
+    """What the run paid for a call of the model whose answer is in no other event: for a piece of a summary
+    (`reason` summary), or for one that came to nothing."""
+
+    session_id: str
+    run_id: str
+    reason: str
+    usage: Usage
+
+
 class AgentToolCall(Wire, kw_only=True, frozen=True):
     """`retryOf` names the call that was interrupted and that this one, if a person approves it, does again."""
 
@@ -115,18 +125,23 @@ class SessionUpdated(Wire, kw_only=True, frozen=True):
 
 class SessionCompacted(Wire, kw_only=True, frozen=True):
     """The older history was summarised, in the middle of a run. `before` and `after` are the tokens of a request
-    with the history as it was and as it is now, estimated where no provider has counted."""
+    with the history as it was and as it is now, estimated where no provider has counted.
+
+    `usage` is what the call cost whose answer is the summary; those that led to it are told by `agent.usage`.
+    """
 
     session_id: str
     before: int
     after: int
     summary: str
+    usage: Usage | UnsetType = UNSET
 
 
 EVENTS: dict[str, type[Wire]] = {
     "agent.accepted": AgentAccepted,
     "agent.delta": AgentDelta,
     "agent.message": AgentMessage,
+    "agent.usage": AgentUsage,
     "agent.tool_call": AgentToolCall,
     "agent.tool_result": AgentToolResult,
     "agent.resumed": AgentResumed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isclose
 
 import msgspec
 
@@ -104,13 +105,10 @@ def run_rows(store: Snapshot) -> Iterator[str]:
         if not entries or entries[0].event != "agent.accepted":
             yield f"run {run['id']} has a row and no agent.accepted in the journal"
             continue
-        session = store.sessions.get((key[0], run["session_id"]))
-        # Said before the first summary is asked for.
-        summarised = session is not None and session["memory_flush_state"] != "idle"
-        yield from (f"run {run['id']} {problem}" for problem in _run(run, entries, summarised=summarised))
+        yield from (f"run {run['id']} {problem}" for problem in _run(run, entries))
 
 
-def _run(run: Row, entries: list[Entry], *, summarised: bool) -> Iterator[str]:
+def _run(run: Row, entries: list[Entry]) -> Iterator[str]:
     first = entries[0]
     if (run["session_id"], run["accepted_version"]) != (first.session, first.version):
         at = f"{first.version} of {first.session}"
@@ -123,15 +121,26 @@ def _run(run: Row, entries: list[Entry], *, summarised: bool) -> Iterator[str]:
     started = run["attempts"] - len(resumed)
     if started not in (0, 1) or resumed != list(range(2, len(resumed) + 2)):
         yield f"has {run['attempts']} attempts and was resumed with the attempts {resumed}"
-    usages = [entry.payload["usage"] for entry in entries if entry.event == "agent.message"]
-    if run["steps"] != len(usages):
-        yield f"has {run['steps']} steps and {len(usages)} messages"
+    messages = sum(entry.event == "agent.message" for entry in entries)
+    if run["steps"] != messages:
+        yield f"has {run['steps']} steps and {messages} messages"
+    yield from _usage(run, [entry.payload["usage"] for entry in entries if entry.event in _PAID])
+    yield from _ending(run, entries)
+
+
+_PAID = ("agent.message", "agent.usage", "session.compacted")
+"""The events of what a run pays for: together they are its usage."""
+
+
+def _usage(run: Row, usages: list[Row]) -> Iterator[str]:
     for column, name in (("input_tokens", "inputTokens"), ("output_tokens", "outputTokens")):
         due = sum(usage[name] for usage in usages)
-        # What summaries cost is the run's too, and in no message of it.
-        if run[column] < due or (run[column] > due and not summarised):
-            yield f"has {run[column]} {name}, its messages {due}"
-    yield from _ending(run, entries)
+        if run[column] != due:
+            yield f"has {run[column]} {name}, its events {due}"
+    costs = [usage["costUsd"] for usage in usages]
+    cost = None if None in costs else sum(costs)
+    if (cost is None) != (run["cost_usd"] is None) or not isclose(cost or 0, run["cost_usd"] or 0, abs_tol=1e-9):
+        yield f"has the cost {run['cost_usd']}, its events {cost}"
 
 
 def _ending(run: Row, entries: list[Entry]) -> Iterator[str]:
@@ -151,6 +160,9 @@ def _ending(run: Row, entries: list[Entry]) -> Iterator[str]:
         due = "completed"
         if run["output"] != told["output"] or run["steps"] != told["steps"]:
             yield "has another output or number of steps than its agent.completed"
+        usage = {"inputTokens": run["input_tokens"], "outputTokens": run["output_tokens"], "costUsd": run["cost_usd"]}
+        if told["usage"] != usage:
+            yield f"has used {usage}, its agent.completed says {told['usage']}"
     else:
         due = "aborted" if told["code"] == "ABORTED" else "failed"
         error = msgspec.json.decode(run["error"]) if run["error"] is not None else {}
