@@ -199,7 +199,7 @@ class Expected:
         if any(begun <= end and ended >= run.asked_at for begun, ended in self.outages):
             codes.add("MODEL_UNAVAILABLE")
         if any(run.asked_at <= at <= end for at in self.leaps):
-            # A gateway that stops in order does not know that its clock was set since the run began.
+            # Between its acceptance, or its being taken up, and its first step a run's time is that of the clock.
             codes.add("LIMIT_REACHED")
         if sum(run.asked_at <= at <= end for at in self.kills) >= 5 and row["stalls"] >= 5:
             codes.add("INTERNAL_ERROR")

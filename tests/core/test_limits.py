@@ -122,10 +122,10 @@ class Later(SystemClock):
     """A clock that is `ahead` milliseconds ahead."""
 
     def __init__(self, ahead: int) -> None:
-        self._ahead = ahead
+        self.ahead = ahead
 
     def now_ms(self) -> int:
-        return super().now_ms() + self._ahead
+        return super().now_ms() + self.ahead
 
 
 async def test_the_time_between_an_orderly_stop_and_the_next_start_is_not_the_runs(tmp_path: Path) -> None:
@@ -136,5 +136,39 @@ async def test_the_time_between_an_orderly_stop_and_the_next_start_is_not_the_ru
     tomorrow = Later(24 * 3600 * 1000)
     async with house(tmp_path / "data", script=[Say("at last")], clock=tomorrow) as home, await home.wire() as wire:
         await wire.request("events.subscribe", {"sessionId": "s1", "after": 0})
+        ended = await wire.frame(lambda frame: frame.get("event") in ("agent.completed", "agent.failed"))
+        assert ended["event"] == "agent.completed", ended
+
+
+DAY_MS = 24 * 3600 * 1000
+
+
+async def test_a_clock_that_was_put_forward_before_an_orderly_stop_has_not_used_up_the_runs_time(
+    tmp_path: Path,
+) -> None:
+    """Nor has the sleep of a machine: the lease was not renewed, and the loop has counted no such time."""
+    clock, script = Later(0), conversation([[Hang(after=2), Say("at last")]])
+    async with house(tmp_path / "data", script=script, clock=clock) as home, await home.wire() as wire:
+        await wire.effect("agent.run", input="go", sessionId="s1", limits={"timeoutMs": 300_000})
+        await wire.event("agent.delta")
+        clock.ahead = DAY_MS
+    async with house(tmp_path / "data", script=[Say("at last")], clock=clock) as home, await home.wire() as wire:
+        await wire.request("events.subscribe", {"sessionId": "s1", "after": 0})
+        ended = await wire.frame(lambda frame: frame.get("event") in ("agent.completed", "agent.failed"))
+        assert ended["event"] == "agent.completed", ended
+
+
+async def test_nor_has_one_that_was_put_forward_before_the_run_came_to_wait_for_a_person(tmp_path: Path) -> None:
+    clock = Later(0)
+
+    def answer(request: dict[str, Any]) -> Any:
+        clock.ahead = DAY_MS
+        asked = request["messages"][-1]["role"] == "tool"
+        return Say("at last") if asked else CallTools([("file_write", {"path": "a", "content": "b"})])
+
+    async with house(tmp_path / "data", script=answer, clock=clock) as home, await home.wire() as wire:
+        await wire.effect("agent.run", input="go", sessionId="s1", limits={"timeoutMs": 300_000})
+        asked = (await wire.event("approval.required"))["payload"]
+        await wire.effect("approval.resolve", approvalId=asked["approvalId"], decision="approve")
         ended = await wire.frame(lambda frame: frame.get("event") in ("agent.completed", "agent.failed"))
         assert ended["event"] == "agent.completed", ended

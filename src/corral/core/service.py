@@ -20,7 +20,7 @@ from corral.core.ending import aborted, end_run, failed
 from corral.core.journal import append_session_updated, apply_mode
 from corral.core.run import RunLoop
 from corral.core.sessions import SessionMethods, cut_preview, cut_title, input_text, require_agent
-from corral.core.state import Deps, open_calls_of
+from corral.core.state import LEASE_MS, Deps, let_go_at, open_calls_of
 from corral.core.stream import follow
 from corral.governance.access import may_see, require_run
 from corral.governance.budgets import release
@@ -39,7 +39,6 @@ from corral.storage.rows import JournalEntry, MessageRow, RunRow, SessionRow
 
 log = logging.getLogger(__name__)
 
-LEASE_MS = 30_000
 MAX_STALLS = 5
 _RECOVERY_BATCH = 256
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 1.0
@@ -503,7 +502,7 @@ class CoreService:
                 changes: dict[str, Any] = {"lease_expires_at": None}
                 if row.status == RunStatus.RUNNING:
                     # Until the next start, which may be tomorrow, its time does not run.
-                    changes["waiting_since"] = now
+                    changes["waiting_since"] = let_go_at(row, now)
                 tx.runs.update(row.tenant_id, row.id, epoch=row.lease_epoch, **changes)
 
         try:

@@ -159,10 +159,28 @@ def folder_of(options: RunOptions, tenant_id: str, workspace_id: str, session: S
     return folder
 
 
+LEASE_MS = 30_000
+"""How long a run is owned before its owner must have renewed that."""
+
+
+def let_go_at(run: RunRow, now_ms: int) -> int:
+    """From when on a run's time does not run that its owner lets go of now: `run` as it stands in the store.
+
+    A lease that has run out meanwhile was not renewed for the clock was put forward, the machine slept
+    or the store could not write, and none of that is the run's own time. The loop, which counts on a clock that
+    does not leap, has not ended the run for it; nor may whoever takes it up.
+    """
+    expires_at = run.lease_expires_at
+    if expires_at is None or expires_at > now_ms:
+        return now_ms
+    return max(expires_at - LEASE_MS, run.started_at or 0)
+
+
 def park(tx: Transaction, run: RunRow, now_ms: int) -> None:
     """Leave a run to the people that it waits for: owned by nobody, holding no place."""
     waiting = str(RunStatus.WAITING_APPROVAL)
-    tx.runs.update(run.tenant_id, run.id, status=waiting, waiting_since=now_ms, lease_expires_at=None)
+    since = let_go_at(tx.runs.get(run.tenant_id, run.id) or run, now_ms)
+    tx.runs.update(run.tenant_id, run.id, status=waiting, waiting_since=since, lease_expires_at=None)
     tx.sessions.update(run.tenant_id, run.session_id, status=str(SessionStatus.WAITING_APPROVAL))
 
 
