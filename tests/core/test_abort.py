@@ -17,6 +17,7 @@ from tests.core.test_run import workspace
 from tests.executor.make import until
 from tests.executor.test_processes import marker as marker  # a fixture
 from tests.support import needs
+from tests.support.clocks import Later
 from tests.support.house import House
 from tests.support.model_server import CallTools, Hang, Say, conversation
 from tests.support.wire import Wire
@@ -86,15 +87,19 @@ async def test_on_the_host_an_abort_names_what_it_could_not_see_to(open_house: O
 async def test_the_answer_precedes_the_events_that_the_abort_caused(open_house: Open, marker: str) -> None:
     needs.bubblewrap()
     script = [CallTools([("bash_exec", {"command": f"touch started; sleep {marker}"})])]
-    async with open_house(script) as home, await home.wire() as wire:
+    clock = Later(0)
+    async with open_house(script, clock=clock) as home, await home.wire() as wire:
         run_id = await tool_run_on(home, wire)
+        clock.ahead = 5000
         frame_id = await wire.start("agent.abort", {"runId": run_id, "idempotencyKey": "k"})
         failed = await wire.event("agent.failed")
         assert failed["payload"]["code"] == "ABORTED"
         answered = wire.index(lambda frame: frame.get("id") == frame_id)
         result = wire.index(lambda frame: frame.get("event") == "agent.tool_result")
         assert answered < result < wire.index(lambda frame: frame.get("event") == "agent.failed")
-        assert wire.frames[result]["payload"]["status"] == "interrupted"
+        told = wire.frames[result]["payload"]
+        assert told["status"] == "interrupted"
+        assert 5000 <= told["durationMs"] < 60_000
 
 
 async def test_aborts_with_one_key_and_with_others_all_get_the_answer(open_house: Open) -> None:

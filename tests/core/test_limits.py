@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from corral.clock import SystemClock
 from corral.config import ModelSettings
 from tests.core.conftest import Open
 from tests.core.test_run import finished
+from tests.support.clocks import Later
 from tests.support.house import house
 from tests.support.model_server import CallTools, Hang, Say, Status, conversation
 
@@ -116,16 +116,6 @@ async def test_a_model_of_no_known_provider_is_refused_before_anything_is_made(o
         params = {"input": "x", "idempotencyKey": "k", "sessionId": "s1", "model": model}
         assert (await wire.call("agent.run", params))["error"]["code"] == "INVALID_REQUEST"
         assert (await wire.request("sessions.get", {"sessionId": "s1"}))["session"] is None
-
-
-class Later(SystemClock):
-    """A clock that is `ahead` milliseconds ahead."""
-
-    def __init__(self, ahead: int) -> None:
-        self.ahead = ahead
-
-    def now_ms(self) -> int:
-        return super().now_ms() + self.ahead
 
 
 async def test_the_time_between_an_orderly_stop_and_the_next_start_is_not_the_runs(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from corral import server
 from tests.core.conftest import OPEN_TOOLS
 from tests.core.test_abort import until_dead, until_exists
 from tests.support import needs
+from tests.support.clocks import Later
 from tests.support.gateway import Gateway
+from tests.support.house import house
 from tests.support.model_server import CallTools, Hang, ModelServer, Say, conversation
 from tests.support.wire import Wire
 
@@ -124,6 +127,28 @@ async def test_a_tool_that_was_under_way_is_interrupted_and_never_run_again(tmp_
         assert "may have taken effect" in result["output"]
         assert "may have taken effect" in model.requests[-1].json["messages"][-1]["content"]
         assert (folder / "marks").read_text() == "x\n"
+
+
+async def test_a_call_that_an_orderly_stop_broke_off_has_run_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs.bubblewrap()
+    monkeypatch.setattr(server, "_DRAIN_GRACE_S", 0.0)
+    clock, script = (
+        Later(0),
+        conversation([CallTools([("bash_exec", {"command": "touch up; sleep 777"})]), Say("I see.")]),
+    )
+    async with house(tmp_path / "data", script=script, clock=clock) as home, await home.wire() as wire:
+        await wire.effect("policy.update", patch=OPEN_TOOLS)
+        await wire.effect("agent.run", input="go", sessionId="s1")
+        await until_exists(tmp_path / "data" / "workspaces" / "t_default" / "w_default" / "up")
+        clock.ahead = 5000
+    clock.ahead = 600_000
+    async with house(tmp_path / "data", script=[Say("I see.")], clock=clock) as home, await home.wire() as wire:
+        items = await ended(wire, "s1")
+        result = next(item["payload"] for item in items if item["event"] == "agent.tool_result")
+        assert result["status"] == "interrupted"
+        assert 5000 <= result["durationMs"] < 300_000
 
 
 async def test_what_was_answered_is_there_after_a_kill_as_it_was_before(tmp_path: Path) -> None:

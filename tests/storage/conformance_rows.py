@@ -307,6 +307,21 @@ class RowsAndOrders:
         with pytest.raises(IntegrityError):
             await store.write(lambda tx: tx.tool_runs.insert(tool_run("call_d", step=2, position=0)))
 
+    async def test_calls_without_a_result_have_run_until_they_were_stopped(self, store: Store) -> None:
+        """Those that began after the last sign of who ran them, for a time that nobody knows."""
+        started = {"known": NOW - 7, "later": NOW + 3, "noted": NOW - 9, "never": None, "done": NOW - 5}
+
+        def work(tx: Transaction) -> dict[str, int | None]:
+            tx.sessions.insert(session())
+            for position, (name, at) in enumerate(started.items()):
+                state = "decided" if at is None else "finished" if name == "done" else "started"
+                noted = {"noted": 2, "done": 4}.get(name)
+                tx.tool_runs.insert(tool_run(name, position=position, state=state, started_at=at, duration_ms=noted))
+            tx.tool_runs.stopped(A, "run_1", NOW)
+            return {row.id: row.duration_ms for row in tx.tool_runs.of_run(A, "run_1")}
+
+        assert await store.write(work) == {"known": 7, "later": 0, "noted": 2, "never": None, "done": 4}
+
     @pytest.mark.parametrize(
         ("offset", "limit", "expected"),
         [(0, 100, b"\x00h\xc3\xa9llo"), (1, 2, b"h\xc3"), (5, 100, b"lo"), (7, 5, b""), (99, 5, b"")],
@@ -503,7 +518,7 @@ def fill(tx: Transaction, tenant: str) -> None:
     append(tx, tenant_id=tenant, run_id="run_1")
     tx.runs.insert(run(tenant_id=tenant, output=tenant, lease_epoch=1, steps=1, input_tokens=2, output_tokens=3))
     tx.messages.insert(message(1, tenant))
-    tx.tool_runs.insert(tool_run(tenant_id=tenant, reason=tenant))
+    tx.tool_runs.insert(tool_run(tenant_id=tenant, reason=tenant, state="started", started_at=NOW))
     tx.outputs.insert(tenant, "s_1", "call_1", tenant.encode())
     tx.agents.upsert(agent(tenant_id=tenant))
     tx.policies.upsert(policy(tenant_id=tenant))
@@ -607,7 +622,8 @@ CHANGES: dict[str, Callable[[Transaction], Any]] = {
     "runs.claim stealing": lambda tx: tx.runs.claim(A, "run_1", owner="o", now_ms=NOW, expires_at=NOW + 1, steal=True),
     "messages.insert": lambda tx: tx.messages.insert(message(2)),
     "tool_runs.insert": lambda tx: tx.tool_runs.insert(tool_run("call_2", position=1)),
-    "tool_runs.update": lambda tx: tx.tool_runs.update(A, "call_1", state="started"),
+    "tool_runs.stopped": lambda tx: tx.tool_runs.stopped(A, "run_1", NOW + 5),
+    "tool_runs.update": lambda tx: tx.tool_runs.update(A, "call_1", state="finished"),
     "outputs.insert": lambda tx: tx.outputs.insert(A, "s_1", "call_2", b"x"),
     "agents.upsert": lambda tx: tx.agents.upsert(agent(name="changed")),
     "policies.upsert": lambda tx: tx.policies.upsert(policy(version=2)),

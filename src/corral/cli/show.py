@@ -141,7 +141,10 @@ class Transcript:
             self._say(self._paint(f"  … {len(lines) - len(shown)} more lines{more}{self._unfold}", "dim"))
         if result.status != "success":
             error = result.error.code if result.error is not UNSET else result.status
-            self._say(self._paint(f"  {result.status} ({error}, {duration(result.duration_ms)})", "red"))
+            # How long a call ran whose gateway died may be unknown.
+            known = result.duration_ms > 0 or result.status != "interrupted"
+            lasted = f", {duration(result.duration_ms)}" if known else ""
+            self._say(self._paint(f"  {result.status} ({error}{lasted})", "red"))
         elif not lines:
             self._say(self._paint(f"  done ({duration(result.duration_ms)})", "dim"))
 

@@ -80,8 +80,11 @@ def changed_since() -> ToolOutcome:
 _UNKNOWN = "The call was started and then interrupted: it may have taken effect wholly, partly or not at all."
 
 
-def interrupted(row: ToolRunRow, *, asked: bool = False) -> ToolOutcome:
-    """The outcome of a call whose end nobody saw. `asked`: a person is asked whether to run it again."""
+def interrupted(row: ToolRunRow, now_ms: int | None = None, *, asked: bool = False) -> ToolOutcome:
+    """The outcome of a call whose end nobody saw. `asked`: a person is asked whether to run it again.
+
+    It has run for as long as is known: 0 if that is nothing. `now_ms` is for one that this process has just stopped.
+    """
     if row.state == "started":
         rest = "not repeated unless a person approves that" if asked else "not repeated"
         message = f"{_UNKNOWN} It is {rest}; check the state before going on."
@@ -89,14 +92,17 @@ def interrupted(row: ToolRunRow, *, asked: bool = False) -> ToolOutcome:
         message = "The call was interrupted before its result; it changes nothing."
     else:
         message = "The call was not started: the run was interrupted before it."
-    return _outcome("interrupted", ErrorCode.TOOL_EXEC_FAILED, message)
+    ran = row.duration_ms or 0
+    if row.state == "started" and row.duration_ms is None and row.started_at is not None and now_ms is not None:
+        ran = max(0, now_ms - row.started_at)
+    return _outcome("interrupted", ErrorCode.TOOL_EXEC_FAILED, message, ran)
 
 
-def _outcome(status: str, code: ErrorCode, message: str) -> ToolOutcome:
+def _outcome(status: str, code: ErrorCode, message: str, duration_ms: int = 0) -> ToolOutcome:
     return ToolOutcome(
         status=status,  # type: ignore[arg-type]
         output=message,
-        duration_ms=0,
+        duration_ms=duration_ms,
         error=Failure(code=code, message=message),
     )
 

@@ -78,7 +78,7 @@ def end_run(
         release(tx, run)
     for call in calls:
         if call.state != "finished":
-            record_result(tx, deps.audit, run, call, interrupted(call), now_ms)
+            record_result(tx, deps.audit, run, call, interrupted(call, now_ms), now_ms)
     changes: dict[str, Any] = {**(settled or {}), "status": str(ending.status), "finished_at": now_ms}
     event: Wire
     if ending.status is RunStatus.COMPLETED:

@@ -411,6 +411,9 @@ class CoreService:
         expired_at = before.lease_expires_at
         since = expired_at - LEASE_MS if expired_at is not None else before.waiting_since
         down = now - since if since is not None else 0
+        if since is not None:
+            # The last sign of who ran them: what came of them is unknown, but not that they ran so long.
+            tx.tool_runs.stopped(before.tenant_id, before.id, since)
         changes: dict[str, Any] = {
             "waiting_since": None,
             "attempts": before.attempts + 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import bindparam, case, delete, func, insert, or_, select, tuple_, update
 
 from corral.storage import tables as t
 from corral.storage.repositories._base import (
@@ -170,6 +170,10 @@ class Messages(Repository):
 _INSERT_TOOL_RUN = insert(t.tool_runs)
 _GET_TOOL_RUN = _TOOL_RUN.select().where(is_(_c.tenant_id), is_(_c.id))
 _UPDATE_TOOL_RUN = update_of(t.tool_runs, is_(_c.tenant_id), is_(_c.id))
+_LASTED = bound("at", _c.started_at) - _c.started_at
+_STOPPED = update_of(
+    t.tool_runs, is_(_c.tenant_id), is_(_c.run_id), is_(_c.state), _c.duration_ms.is_(None), _c.started_at.is_not(None)
+).values(duration_ms=case((_LASTED > 0, _LASTED), else_=0))
 _TOOLS_OF_RUN = _TOOL_RUN.select().where(is_(_c.tenant_id), is_(_c.run_id)).order_by(_c.step, _c.position)
 _TOOLS_OF_STEP = _TOOLS_OF_RUN.where(is_(_c.step))
 
@@ -191,6 +195,11 @@ class ToolRuns(Repository):
         if values:
             values |= {"b_tenant_id": tenant_id, "b_id": tool_call_id}
             self._connection.execute(changing(_UPDATE_TOOL_RUN, frozenset(changes)), values)
+
+    def stopped(self, tenant_id: str, run_id: str, at_ms: int) -> None:
+        """Note of the run's calls that have a start and no result that they ran until `at_ms`, unless that is noted."""
+        values = {"b_tenant_id": tenant_id, "b_run_id": run_id, "b_state": "started", "b_at": at_ms}
+        self._connection.execute(_STOPPED, values)
 
     def of_run(self, tenant_id: str, run_id: str, *, step: int | None = None) -> list[ToolRunRow]:
         """By (`step`, `position`) ascending."""
