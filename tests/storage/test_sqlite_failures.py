@@ -7,21 +7,23 @@ import ctypes
 import logging
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from corral.storage._sqlite_connections import CACHE_KIB, driver
 from corral.storage.api import StoreUnavailable
 from corral.storage.repositories import Transaction
 from corral.storage.sqlite import SqliteStore
-from tests.storage.make import A, FixedClock, append, session
+from tests.storage.make import A, FixedClock, append, audit, session
 from tests.support import needs
 
 MEGABYTE = 1024 * 1024
@@ -314,6 +316,20 @@ async def test_a_damaged_file_is_found_by_the_quick_check(tmp_path: Path) -> Non
         assert await store.quick_check() != []
     finally:
         await store.close()
+
+
+async def test_a_tenant_whose_name_is_no_text_is_no_tenant_and_no_other_error_passes_for_that(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    """What walks all chains would else find all in order where it has seen none of them."""
+    for number in (1, 2):
+        await store.write(lambda tx, n=number: tx.audit.append(audit(n)))  # type: ignore[misc]
+    with closing(sqlite3.connect(tmp_path / "corral.db", isolation_level=None)) as database:
+        database.execute("UPDATE audit_log SET tenant_id = CAST(x'ff41' AS TEXT) WHERE id = 2")
+        assert await store.read(lambda tx: tx.audit.tenants()) == [A]
+        database.execute("ALTER TABLE audit_log RENAME TO gone")
+        with pytest.raises(OperationalError, match="no such table"):
+            await store.read(lambda tx: tx.audit.tenants())
 
 
 async def test_nobody_waits_for_ever_when_the_writer_dies(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:

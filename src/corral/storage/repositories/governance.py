@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 from sqlalchemy import ColumnElement, Select, bindparam, delete, func, insert, or_, select, tuple_, type_coerce
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.types import Text
 
 from corral.storage import tables as t
@@ -405,7 +405,9 @@ class Audit(Repository):
             after = found[-1] if found else ""
             try:
                 tenant = self._connection.execute(_NEXT_TENANT, {"b_tenant_id": after}).scalar_one()
-            except DBAPIError:
+            except OperationalError as error:
+                if not _is_no_text(error):
+                    raise
                 return found  # bytes that are no text, put in by hand; they come after all that is
             if not isinstance(tenant, str):
                 return found
@@ -419,6 +421,11 @@ class Audit(Repository):
         """Delete the records up to this id; how many. For retention, which notes where the chain then begins."""
         self._heads.pop(tenant_id, None)
         return self._connection.execute(_DELETE_THROUGH, {"b_tenant_id": tenant_id, "b_id": record_id}).rowcount
+
+
+def _is_no_text(error: OperationalError) -> bool:
+    """Whether a text could not be decoded. The driver says so itself: SQLite's own errors have a code."""
+    return getattr(error.orig, "sqlite_errorcode", None) is None and "UTF-8" in str(error.orig)
 
 
 def _as_stored(row: Any) -> StoredAudit:
