@@ -14,7 +14,7 @@ from corral.models.api import Finished, Restarted, TextDelta
 from corral.models.http import Timeouts
 from corral.models.router import ModelRouter, RetryPolicy
 from corral.protocol.errors import InvalidRequest, ModelUnavailable
-from tests.models.helpers import KEY, MODEL, request, rig, text_of
+from tests.models.helpers import KEY, MODEL, request, rig, text_of, user
 from tests.support.model_server import (
     CallTools,
     CloseKeepAlive,
@@ -65,6 +65,16 @@ async def test_a_kept_alive_connection_that_was_closed_is_replaced_at_once_and_c
         assert not any(isinstance(event, Restarted) for event in events)
         assert r.naps.seconds == []
         assert r.server.connections_seen == 2
+
+
+@pytest.mark.parametrize("first", [Say("one"), CloseKeepAlive(Say("one"))], ids=["connection kept", "closed meanwhile"])
+async def test_a_request_of_two_mebibytes_arrives_whole_and_nothing_warns_of_it(first: Step) -> None:
+    """A warning is an error here. On the new connection the request is sent from its beginning again."""
+    text = "0123456789abcdef" * (2 * 2**20 // 16)
+    async with rig([first, Say("two")], retry=ONCE) as r:
+        await r.events()
+        assert text_of(await r.events(request(user(text)))) == "two"
+        assert r.sent["messages"][-1]["content"] == text
 
 
 async def test_a_whole_pool_of_closed_connections_costs_no_attempt_either() -> None:

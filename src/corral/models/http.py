@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -24,6 +25,8 @@ MAX_CONNECTIONS = 1024
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_TEXT_LIMIT = 300
 _SHORTEST_KEY = 6
+_AT_ONCE = 64 * 1024
+"""Bytes of a request that are written at once; aiohttp writes pieces of this size."""
 
 
 class Timeouts(Struct, kw_only=True, frozen=True):
@@ -56,12 +59,12 @@ class HttpClient:
         state = SimpleNamespace(reused=False)
         try:
             response = await self._pooled().post(
-                url, headers=headers, data=body, allow_redirects=False, trace_request_ctx=state
+                url, headers=headers, data=_payload(body), allow_redirects=False, trace_request_ctx=state
             )
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError):
             if not state.reused:
                 raise
-            response = await self._unpooled().post(url, headers=headers, data=body, allow_redirects=False)
+            response = await self._unpooled().post(url, headers=headers, data=_payload(body), allow_redirects=False)
         async with response:
             yield response
 
@@ -115,6 +118,11 @@ class HttpClient:
             except (ValueError, OverflowError):
                 return None
         return max(0.0, seconds) if seconds < float("inf") else None
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """The body as aiohttp wants it: bytes go out in one write, which would hold up every other run for a large one."""
+    return body if len(body) <= _AT_ONCE else io.BytesIO(body)
 
 
 async def _mark_reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
