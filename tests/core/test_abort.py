@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from corral.governance.caller import Caller
-from corral.protocol.types import Principal
 from tests.core.conftest import OPEN_TOOLS, Open
 from tests.core.test_run import workspace
 from tests.executor.make import until
 from tests.executor.test_processes import marker as marker  # a fixture
 from tests.support import needs
+from tests.support.callers import OWNER
 from tests.support.clocks import Later
 from tests.support.house import House
 from tests.support.model_server import CallTools, Hang, Say, conversation
@@ -163,18 +162,6 @@ async def test_an_abort_at_any_moment_leaves_exactly_one_end(open_house: Open, a
         assert (await wire.effect("agent.run", input="again", sessionId="s1"))["status"] == "accepted"
 
 
-OWNER = Caller(
-    principal=Principal(
-        subject="u_owner",
-        user_id="u_owner",
-        tenant_id="t_default",
-        workspace_ids=["w_default"],
-        roles=["owner"],
-        auth_source="token",
-    ),
-    workspace_id="w_default",
-    trace_id="trace",
-)
 ASKING = {"tools": {"bash.exec": "approval-required"}}
 ASKED = [CallTools([("bash_exec", {"command": "true"})])]
 

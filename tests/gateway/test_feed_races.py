@@ -18,9 +18,8 @@ from corral.gateway.feeds import ConnectionFeeds, FeedSystem
 from corral.gateway.options import GatewayOptions
 from corral.gateway.outbox import Outbox
 from corral.gateway.workspace_feed import WorkspaceFeed, WorkspaceHub
-from corral.governance.caller import Caller
-from corral.protocol.types import Principal
 from corral.storage.repositories import Transaction
+from tests.support.callers import OWNER
 from tests.support.house import House, house
 from tests.support.model_server import Hang
 from tests.support.wire import Wire
@@ -57,15 +56,7 @@ class Follower:
         server = home.server
         self.system = TimedReads(server.store, server.bus, FeedCursors(), OPTIONS, self.spawn)
         self.feeds = ConnectionFeeds(self.system, self)
-        principal = Principal(
-            subject="u_owner",
-            user_id="u_owner",
-            tenant_id="t_default",
-            workspace_ids=["w_default"],
-            roles=["owner"],
-            auth_source="token",
-        )
-        self.caller = Caller(principal=principal, workspace_id="w_default", trace_id="tr")
+        self.caller = OWNER
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

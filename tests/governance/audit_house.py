@@ -12,10 +12,10 @@ from corral.governance.audit import Audit, AuditMethods
 from corral.governance.caller import Caller
 from corral.governance.keeper import AuditKeeper
 from corral.protocol.methods import AuditVerifyResult
-from corral.protocol.types import Principal
 from corral.storage.repositories import Transaction
 from corral.storage.rows import AuditRow
 from corral.storage.sqlite import SqliteStore
+from tests.support.callers import caller_of
 
 T = "t_1"
 SECRET = "the-servers-own-access-token"
@@ -32,15 +32,7 @@ class SteppedClock(SystemClock):
 
 
 def caller(tenant_id: str = T) -> Caller:
-    principal = Principal(
-        subject="user:u_1",
-        user_id="u_1",
-        tenant_id=tenant_id,
-        workspace_ids=["w_1"],
-        roles=["owner"],
-        auth_source="token",
-    )
-    return Caller(principal=principal, workspace_id="w_1", trace_id="trace")
+    return caller_of("user:u_1", user="u_1", tenant=tenant_id, workspace="w_1")
 
 
 class AuditHouse:

@@ -22,8 +22,8 @@ from corral.protocol.methods import (
     SessionsCreateParams,
     SessionsDeleteParams,
 )
-from corral.protocol.types import Principal
 from corral.storage.sqlite import SqliteStore
+from tests.support.callers import caller_of
 
 
 class SteppedClock(SystemClock):
@@ -55,10 +55,7 @@ class House:
 
 
 def someone(subject: str = "u", tenant: str = "t", workspace: str = "w") -> Caller:
-    principal = Principal(
-        subject=subject, user_id=subject, tenant_id=tenant, workspace_ids=[], roles=[], auth_source="token"
-    )
-    return Caller(principal=principal, workspace_id=workspace, trace_id="trace")
+    return caller_of(subject, tenant=tenant, workspace=workspace)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from msgspec import UNSET
 
 from corral.clock import rfc3339
 from corral.core.ending import Ending, aborted, completed, end_run, failed
 from corral.governance import metrics
+from corral.governance.caller import Caller
 from corral.governance.metrics import bucket_middle, bucket_of
 from corral.protocol.errors import InvalidRequest
 from corral.protocol.events import AgentAccepted, AgentMessage, AgentToolCall, AgentToolResult
@@ -24,8 +24,8 @@ from corral.protocol.methods import MetricsParams
 from corral.protocol.types import Metrics, Usage
 from corral.storage.events import append
 from corral.storage.repositories import Transaction, usage
-from tests.governance.audit_house import caller
 from tests.storage.make import approval, decision, run, session, tool_run
+from tests.support.callers import caller_of
 from tests.support.house import House, house
 from tests.support.model_server import CallTools, Say
 
@@ -36,8 +36,8 @@ AGENT = {"agentId": "a_default"}
 CODES = ["MODEL_UNAVAILABLE", "LIMIT_REACHED", "INTERNAL_ERROR"]
 
 
-def who(workspace_id: str = W, tenant_id: str = T) -> Any:
-    return msgspec.structs.replace(caller(tenant_id), workspace_id=workspace_id)
+def who(workspace_id: str = W, tenant_id: str = T) -> Caller:
+    return caller_of("u_1", tenant=tenant_id, workspace=workspace_id)
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from corral.governance.policy import (
 )
 from corral.protocol.errors import Conflict, InvalidRequest, NotFound
 from corral.protocol.methods import PolicyExplainParams, PolicyGetParams, PolicyUpdateParams
-from corral.protocol.types import PolicyDocument, Principal
+from corral.protocol.types import PolicyDocument
 from corral.storage.rows import SessionRow
 from corral.storage.sqlite import SqliteStore
+from tests.support.callers import caller_of
 
 STRICT = {"allow": 0, "approval-required": 1, "deny": 2}
 
@@ -173,11 +174,8 @@ def test_a_merge_patch_does_what_the_rfc_shows(target: Any, patch: Any, result: 
 # ---- get and update on a real store
 
 
-def caller_of(tenant: str = "t", workspace: str = "w") -> Caller:
-    principal = Principal(
-        subject="u", user_id="u", tenant_id=tenant, workspace_ids=[workspace], roles=["owner"], auth_source="token"
-    )
-    return Caller(principal=principal, workspace_id=workspace, trace_id="trace")
+def somebody(tenant: str = "t", workspace: str = "w") -> Caller:
+    return caller_of("u", tenant=tenant, workspace=workspace)
 
 
 @pytest.fixture
@@ -200,11 +198,11 @@ methods = PolicyMethods(SystemClock(), Audit(SystemClock()))
 
 async def update(store: SqliteStore, patch: dict[str, Any], **rest: Any) -> Any:
     params = PolicyUpdateParams(idempotency_key="k", patch=patch, **rest)
-    return await store.write(lambda tx: methods.update(tx, caller_of(), params))
+    return await store.write(lambda tx: methods.update(tx, somebody(), params))
 
 
 async def get(store: SqliteStore, caller: Caller | None = None, **params: Any) -> Any:
-    answer = await store.read(lambda tx: methods.get(tx, caller or caller_of(), PolicyGetParams(**params)))
+    answer = await store.read(lambda tx: methods.get(tx, caller or somebody(), PolicyGetParams(**params)))
     return answer.policy
 
 
@@ -281,7 +279,7 @@ async def test_the_effective_policy_is_the_merge_of_all_layers(store: SqliteStor
 
 async def test_a_tenants_policy_is_its_own(store: SqliteStore) -> None:
     await update(store, {"toolDefault": "allow"}, layer="tenant")
-    assert (await get(store, caller_of("other"), layer="tenant")).tool_default == "deny"
+    assert (await get(store, somebody("other"), layer="tenant")).tool_default == "deny"
 
 
 # ---- rules and explanations on a real store
@@ -307,7 +305,7 @@ async def explain(
     store: SqliteStore, tool: str, args: dict[str, Any], caller: Caller | None = None, **rest: Any
 ) -> Any:
     params = PolicyExplainParams(tool_name=tool, args=args, **rest)
-    return await store.read(lambda tx: explaining.explain(tx, caller or caller_of(), params))
+    return await store.read(lambda tx: explaining.explain(tx, caller or somebody(), params))
 
 
 def session_row(session_id: str, **changes: Any) -> SessionRow:
