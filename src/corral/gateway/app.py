@@ -42,8 +42,6 @@ from corral.tracing import Record
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_SHUTDOWN_S = 1.0
-_LINGERING_S = 2.0
 
 
 class Gateway:
@@ -91,15 +89,7 @@ class Gateway:
         runs = RunMethods(self._dispatcher, store, core, self._draining)
         SubscriptionMethods(self._dispatcher, feeds)
         handshake = Handshake(
-            self._authenticator,
-            self._dispatcher,
-            clock,
-            options,
-            welcome,
-            max_frame_bytes=settings.max_frame_bytes,
-            heartbeat_ms=settings.heartbeat_ms,
-            count=self._metrics.request,
-            record=record,
+            self._authenticator, self._dispatcher, welcome, settings, options, clock=clock, record=record
         )
         self._services = ConnectionServices(
             dispatcher=self._dispatcher,
@@ -121,14 +111,7 @@ class Gateway:
             )
         )
         self._health = Health(store, clock, options, self._draining)
-        self._runner = Runner(
-            self._application(),
-            self._door.refusal,
-            access_log=None,
-            shutdown_timeout=_SHUTDOWN_S,
-            lingering_time=_LINGERING_S,
-            auto_decompress=False,
-        )
+        self._runner = Runner(self._application(), self._door.refusal)
 
     def _new_metrics(self, core: Runs) -> GatewayMetrics:
         return GatewayMetrics(

@@ -134,6 +134,8 @@ class Dispatcher:
 
     Checks go in this order: the method exists, the caller's role allows it, its params decode,
     tenant and workspace are the caller's.
+
+    `count` hears of every request that was answered; who answers `connect` tells it too.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Dispatcher:
         self._store = store
         self._idempotency = idempotency
         self._ids = ids
-        self._count = count
+        self.count = count
         self._clock = clock
         self._record = record
         self._handlers: dict[str, Handler] = {}
@@ -195,7 +197,7 @@ class Dispatcher:
             self.fail(answer, error, trace_id, frame.method, principal.tenant_id)
         finally:
             WHERE.reset(where)
-            self._count(frame.method, answer.outcome, time.monotonic() - began)
+            self.count(frame.method, answer.outcome, time.monotonic() - began)
             if record is not None and watch is not None:
                 on = feeds.peer.id if feeds is not None else ""
                 record(request_span(frame.method, trace_id, principal, on, answer.payload, watch, answer.outcome))

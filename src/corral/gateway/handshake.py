@@ -10,8 +10,9 @@ from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from corral import __version__
 from corral.clock import Clock, rfc3339
+from corral.config import Settings
 from corral.gateway.auth import Authenticator
-from corral.gateway.dispatch import CountRequest, Dispatcher, check_role, decode_params, enter
+from corral.gateway.dispatch import Dispatcher, check_role, decode_params, enter
 from corral.gateway.metrics import CANCELLED, OK
 from corral.gateway.options import GatewayOptions
 from corral.gateway.traces import connect_span
@@ -92,24 +93,21 @@ class Handshake:
         self,
         authenticator: Authenticator,
         dispatcher: Dispatcher,
-        clock: Clock,
-        options: GatewayOptions,
         welcome: Welcome,
+        settings: Settings,
+        options: GatewayOptions,
         *,
-        max_frame_bytes: int,
-        heartbeat_ms: int,
-        count: CountRequest,
+        clock: Clock,
         record: Record | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._dispatcher = dispatcher
-        self._clock = clock
         self._welcome = welcome
-        self._count = count
+        self._clock = clock
         self._record = record
         self._limits = Limits(
-            max_frame_bytes=max_frame_bytes,
-            heartbeat_ms=heartbeat_ms,
+            max_frame_bytes=settings.max_frame_bytes,
+            heartbeat_ms=settings.heartbeat_ms,
             max_subscriptions=options.max_subscriptions,
             max_steps_per_run=_DEFAULT_STEPS,
         )
@@ -132,7 +130,7 @@ class Handshake:
             outcome = ErrorCode.INTERNAL_ERROR.value
             raise
         finally:
-            self._count("connect", outcome, time.monotonic() - began)
+            self._dispatcher.count("connect", outcome, time.monotonic() - began)
             if self._record is not None:
                 who, where = (admitted.principal, admitted.workspace_id) if admitted is not None else (None, None)
                 self._record(connect_span(connection_id, who, where, watch, outcome))

@@ -19,6 +19,10 @@ from corral.protocol.errors import InternalError, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+_SHUTDOWN_S = 1.0
+_OPTIONS: dict[str, Any] = {"access_log": None, "lingering_time": 2.0, "auto_decompress": False}
+"""Of aiohttp's request handlers; seconds. What is packed is unpacked after it is known who sends it."""
+
 Refusal = Callable[[web.BaseRequest, Refused], web.Response]
 
 _UNREADABLE = (web.RequestPayloadError, ConnectionError)
@@ -26,29 +30,24 @@ _UNREADABLE = (web.RequestPayloadError, ConnectionError)
 
 
 class Runner(web.AppRunner):
-    """An application's runner whose connections answer what is no request as `refusal` makes it.
+    """An application's runner whose connections answer what is no request as `refusal` makes it."""
 
-    `options` are those of aiohttp's request handlers.
-    """
-
-    def __init__(self, application: web.Application, refusal: Refusal, *, shutdown_timeout: float, **options: Any):
-        super().__init__(application, shutdown_timeout=shutdown_timeout, **options)
+    def __init__(self, application: web.Application, refusal: Refusal) -> None:
+        super().__init__(application, shutdown_timeout=_SHUTDOWN_S, **_OPTIONS)
         self._refusal = refusal
-        self._options = options
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(made.request_handler, made.request_factory, self._refusal, self._options)
+        return _Server(made.request_handler, made.request_factory, self._refusal)
 
 
 class _Server(web.Server):
-    def __init__(self, handler: Any, factory: Any, refusal: Refusal, options: dict[str, Any]) -> None:
-        super().__init__(handler, request_factory=factory, **options)
+    def __init__(self, handler: Any, factory: Any, refusal: Refusal) -> None:
+        super().__init__(handler, request_factory=factory, **_OPTIONS)
         self._refusal = refusal
-        self._options = options
 
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, self._refusal, self._options)
+        return _Connection(self, self._refusal)
 
 
 class _Connection(web.RequestHandler):
@@ -56,8 +55,8 @@ class _Connection(web.RequestHandler):
 
     __slots__ = ("_refusal",)
 
-    def __init__(self, server: web.Server, refusal: Refusal, options: dict[str, Any]) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+    def __init__(self, server: web.Server, refusal: Refusal) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **_OPTIONS)
         self._refusal = refusal
 
     def handle_error(
