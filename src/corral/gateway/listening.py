@@ -36,6 +36,8 @@ class Runner(web.AppRunner):
         super().__init__(application, shutdown_timeout=_SHUTDOWN_S, **_OPTIONS)
         self._refusal = refusal
 
+    # aiohttp (3.14) has no public way to give an application's connections a class of one's own: `ServerRunner` takes
+    # a server, but only `AppRunner` makes one of an application. A test tells when aiohttp changes what this stands on.
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(made.request_handler, made.request_factory, self._refusal)
