@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +17,7 @@ from corral.protocol.events import AgentCompleted, AgentFailed, AgentMessage
 from tests.support.gateway import Gateway
 from tests.support.model_server import CallTools, Hang, ModelServer, Say, conversation
 from tests.support.proxy import CuttingProxy
-
-
-@pytest.fixture
-async def model() -> AsyncIterator[ModelServer]:
-    async with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def gateway(tmp_path: Path, model: ModelServer) -> AsyncIterator[Gateway]:
-    env = {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k", "CORRAL_MODEL": "openai-chat:scripted"}
-    async with Gateway(tmp_path / "data", env) as running:
-        yield running
+from tests.support.web import at_ws
 
 
 def _versions(events: list[Event]) -> list[int]:
@@ -116,17 +103,10 @@ async def test_what_is_no_gateway_is_told(unused_tcp_port: int) -> None:
     async def hello(_request: web.Request) -> web.Response:
         return web.Response(text="I am a web server")
 
-    app = web.Application()
-    app.router.add_get("/ws", hello)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
-    try:
+    async with at_ws(hello, unused_tcp_port) as url:
         with pytest.raises(GatewayUnreachable, match="no gateway"):
-            async with Corral(f"http://127.0.0.1:{unused_tcp_port}", "t" * 20):
+            async with Corral(url, "t" * 20):
                 pass
-    finally:
-        await runner.cleanup()
 
 
 # ---- streams
@@ -372,17 +352,10 @@ async def test_the_token_travels_in_the_frame_and_never_in_the_url(unused_tcp_po
         await socket.close(code=4401)
         return socket
 
-    app = web.Application()
-    app.router.add_get("/ws", endpoint)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
-    try:
+    async with at_ws(endpoint, unused_tcp_port) as url:
         with pytest.raises(Unauthorized):
-            async with Corral(f"http://127.0.0.1:{unused_tcp_port}", "secret-secret-secret"):
+            async with Corral(url, "secret-secret-secret"):
                 pass
-    finally:
-        await runner.cleanup()
     [(path, headers, frame)] = seen
     assert path == "/ws"
     assert "secret" not in str(headers)

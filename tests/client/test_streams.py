@@ -13,6 +13,7 @@ from aiohttp import web
 
 from corral.client import Corral, Event, GatewayUnreachable
 from corral.client.streams import Stream
+from tests.support.web import at_ws
 
 HELLO = {
     "protocolVersion": "1.0.0",
@@ -86,15 +87,8 @@ async def gateway(play: Callable[[Peer], Awaitable[None]], port: int) -> AsyncIt
         await socket.close()
         return socket
 
-    app = web.Application()
-    app.router.add_get("/ws", endpoint)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await runner.cleanup()
+    async with at_ws(endpoint, port) as url:
+        yield url
     assert failures == []
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -14,19 +12,6 @@ from corral.protocol.errors import InvalidRequest, Unauthorized
 from tests.support.gateway import Gateway
 from tests.support.model_server import CallTools, Hang, ModelServer, Say, conversation
 from tests.support.proxy import CuttingProxy
-
-
-@pytest.fixture
-async def model() -> AsyncIterator[ModelServer]:
-    async with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-async def gateway(tmp_path: Path, model: ModelServer) -> AsyncIterator[Gateway]:
-    env = {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k", "CORRAL_MODEL": "openai-chat:scripted"}
-    async with Gateway(tmp_path / "data", env) as running:
-        yield running
 
 
 def _no_thread_is_left() -> bool:

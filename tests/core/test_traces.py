@@ -20,6 +20,7 @@ from corral.ids import Ids
 from corral.otel import Traces, span_number, trace_number
 from corral.tracing import Span, wanted
 from tests.core.conftest import OPEN_TOOLS
+from tests.core.test_recovery import connected
 from tests.support import needs
 from tests.support.collector import Collector
 from tests.support.gateway import Gateway
@@ -157,12 +158,6 @@ def traced(tmp_path: Path, model: ModelServer, endpoint: str) -> Gateway:
         "OTEL_BSP_SCHEDULE_DELAY": "50",
     }
     return Gateway(tmp_path / "data", env)
-
-
-async def connected(running: Gateway) -> Wire:
-    wire = await Wire.open(running.url)
-    await wire.connect(running.token())
-    return wire
 
 
 async def test_a_run_taken_up_after_a_kill_goes_on_in_the_same_trace(tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ from corral.core.agents import ensure_agents
 from corral.governance.audit import Audit
 from corral.governance.caller import Caller
 from corral.governance.policy import (
-    BUILT_IN,
-    EffectivePolicy,
-    Layer,
     PolicyMethods,
     effective_policy,
     ensure_policies,
@@ -26,20 +23,12 @@ from corral.governance.policy import (
 )
 from corral.protocol.errors import Conflict, InvalidRequest, NotFound
 from corral.protocol.methods import PolicyExplainParams, PolicyGetParams, PolicyUpdateParams
-from corral.protocol.types import PolicyDocument
 from corral.storage.rows import SessionRow
 from corral.storage.sqlite import SqliteStore
 from tests.support.callers import caller_of
+from tests.support.policies import layered
 
 STRICT = {"allow": 0, "approval-required": 1, "deny": 2}
-
-
-def layered(**documents: dict[str, Any]) -> EffectivePolicy:
-    layers = [Layer(name="default", document=BUILT_IN)]
-    for name in ("tenant", "workspace", "agent"):
-        if name in documents:
-            layers.append(Layer(name=name, document=msgspec.convert(documents[name], PolicyDocument)))
-    return EffectivePolicy(layers)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from corral.governance import rules as rules_module
 from corral.governance.facts import CallFacts, facts_for
-from corral.governance.policy import BUILT_IN, EffectivePolicy, Layer, Verdict
+from corral.governance.policy import EffectivePolicy, Verdict
 from corral.governance.policy_examples import check_rules
 from corral.governance.rules import RuleProblem, compile_condition, measure
 from corral.protocol.errors import InvalidRequest
-from corral.protocol.types import PolicyDocument, PolicyRule
+from corral.protocol.types import PolicyRule
 from tests.support.examples import examples
+from tests.support.policies import layered
 
 STRICT = {"allow": 0, "approval-required": 1, "deny": 2}
 SESSION = {"id": "s_1", "agentId": "a_1", "runtimeMode": "cloud"}
@@ -39,14 +40,6 @@ def bash(command: str) -> CallFacts:
 def rule(action: str, when: str | None = None, tools: list[str] | None = None, **more: Any) -> dict[str, Any]:
     made = {"id": more.pop("id", "r"), "tools": tools or ["*"], "action": action, **more}
     return made if when is None else {**made, "when": when}
-
-
-def layered(**documents: dict[str, Any]) -> EffectivePolicy:
-    layers = [Layer(name="default", document=BUILT_IN)]
-    for name in ("tenant", "workspace", "agent"):
-        if name in documents:
-            layers.append(Layer(name=name, document=msgspec.convert(documents[name], PolicyDocument)))
-    return EffectivePolicy(layers)
 
 
 def one(action: str, when: str | None = None, **more: Any) -> EffectivePolicy:

@@ -302,20 +302,7 @@ class Compaction:
             tx.messages.insert(summary_row(run, entry.version, through, opening, now))
             tx.sessions.update(run.tenant_id, session.id, context_usage=used, compaction_count=count)
             _count(tx, run, finished, day)
-            self._deps.audit.record(
-                tx,
-                tenant_id=run.tenant_id,
-                action="session.compact",
-                actor=run.actor,
-                actor_type="user",
-                resource_type="session",
-                resource_id=session.id,
-                outcome="ok",
-                metadata=about,
-                trace_id=run.trace_id,
-                session_id=session.id,
-                run_id=run.id,
-            )
+            self._deps.audit.record_in(tx, run, "session.compact", "session", session.id, outcome="ok", metadata=about)
             return entry.version
 
         session.state_version = await self._fence.commit(unit)

@@ -117,14 +117,12 @@ def end_run(
 
 
 def _record_end(tx: Transaction, audit: Audit, run: RunRow, ending: Ending) -> None:
-    audit.record(
+    audit.record_in(
         tx,
-        tenant_id=run.tenant_id,
-        action="run.ended",
-        actor=run.actor,
-        actor_type="user",
-        resource_type="run",
-        resource_id=run.id,
+        run,
+        "run.ended",
+        "run",
+        run.id,
         outcome="ok" if ending.status is RunStatus.COMPLETED else "failed",
         metadata={
             "status": str(ending.status),
@@ -135,24 +133,17 @@ def _record_end(tx: Transaction, audit: Audit, run: RunRow, ending: Ending) -> N
             "outputTokens": run.output_tokens,
             "costUsd": run.cost_usd,
         },
-        trace_id=run.trace_id,
-        session_id=run.session_id,
-        run_id=run.id,
     )
     if ending.code in (ErrorCode.BUDGET_EXCEEDED, ErrorCode.LIMIT_REACHED):
-        audit.record(
+        audit.record_in(
             tx,
-            tenant_id=run.tenant_id,
-            action="budget.stop",
-            actor="system",
-            actor_type="system",
-            resource_type="run",
-            resource_id=run.id,
+            run,
+            "budget.stop",
+            "run",
+            run.id,
             outcome="denied",
             metadata={"code": ending.code, "message": ending.message},
-            trace_id=run.trace_id,
-            session_id=run.session_id,
-            run_id=run.id,
+            by_system=True,
         )
 
 
@@ -195,14 +186,12 @@ def record_result(
         truncated=outcome.truncated,
         finished_at=now_ms,
     )
-    audit.record(
+    audit.record_in(
         tx,
-        tenant_id=run.tenant_id,
-        action="tool.result",
-        actor=run.actor,
-        actor_type="user",
-        resource_type="tool",
-        resource_id=call.id,
+        run,
+        "tool.result",
+        "tool",
+        call.id,
         outcome=_AUDIT_OUTCOME[outcome.status],
         metadata={
             "toolName": call.tool_name,
@@ -212,9 +201,6 @@ def record_result(
             "durationMs": outcome.duration_ms,
             "outputBytes": len(outcome.full) if outcome.full is not None else len(outcome.output.encode()),
         },
-        trace_id=run.trace_id,
-        session_id=run.session_id,
-        run_id=run.id,
     )
     return message
 
@@ -233,14 +219,12 @@ def record_call(tx: Transaction, audit: Audit, run: RunRow, row: ToolRunRow, lay
     """Journal a call with the decision on it, and put it into the tool runs and the audit."""
     append(tx, run.tenant_id, call_event(row), row.created_at)
     tx.tool_runs.insert(row)
-    audit.record(
+    audit.record_in(
         tx,
-        tenant_id=run.tenant_id,
-        action="tool.call",
-        actor=run.actor,
-        actor_type="user",
-        resource_type="tool",
-        resource_id=row.id,
+        run,
+        "tool.call",
+        "tool",
+        row.id,
         outcome="denied" if row.decision == "deny" else "ok",
         metadata={
             "toolName": row.tool_name,
@@ -251,7 +235,4 @@ def record_call(tx: Transaction, audit: Audit, run: RunRow, row: ToolRunRow, lay
             "layer": layer,
             **({"retryOf": row.retry_of} if row.retry_of is not None else {}),
         },
-        trace_id=run.trace_id,
-        session_id=run.session_id,
-        run_id=run.id,
     )

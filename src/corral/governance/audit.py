@@ -21,7 +21,7 @@ from corral.protocol.canonical import canonical_hash
 from corral.protocol.methods import AuditQueryParams, AuditQueryResult, AuditVerifyResult, Params
 from corral.protocol.types import AuditRecord
 from corral.storage.repositories import Transaction
-from corral.storage.rows import AuditRow
+from corral.storage.rows import AuditRow, RunRow
 
 Outcome = Literal["ok", "denied", "failed"]
 
@@ -133,6 +133,34 @@ class Audit:
             trace_id=caller.trace_id,
             session_id=session_id,
             run_id=run_id,
+        )
+
+    def record_in(
+        self,
+        tx: Transaction,
+        run: RunRow,
+        action: str,
+        resource_type: str,
+        resource_id: str,
+        *,
+        outcome: Outcome = "ok",
+        metadata: Mapping[str, Any] | None = None,
+        by_system: bool = False,
+    ) -> AuditRow:
+        """`record` for what happens in a run: done by who started it, or `by_system`."""
+        return self.record(
+            tx,
+            tenant_id=run.tenant_id,
+            action=action,
+            actor="system" if by_system else run.actor,
+            actor_type="system" if by_system else "user",
+            resource_type=resource_type,
+            resource_id=resource_id,
+            outcome=outcome,
+            metadata=metadata,
+            trace_id=run.trace_id,
+            session_id=run.session_id,
+            run_id=run.id,
         )
 
     def about_call(self, args: Mapping[str, Any], args_hash: str | None = None) -> dict[str, Any]:
