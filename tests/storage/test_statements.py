@@ -139,6 +139,15 @@ def test_a_page_of_a_journal_and_the_sums_of_a_period_are_read_from_where_they_b
     assert plan_of(statement, database) == [f"SEARCH {expected}"]
 
 
+@pytest.mark.parametrize("statement", usage._WAIT.values())
+def test_the_waits_of_a_period_are_sorted_and_those_of_other_times_not_read(
+    statement: Select[Any], database: sqlite3.Connection
+) -> None:
+    search, sort = plan_of(statement, database)
+    assert search == f"SEARCH approval_facts USING PRIMARY KEY ({RESOLVED})"
+    assert sort == "USE TEMP B-TREE FOR ORDER BY"
+
+
 def test_the_end_of_a_run_reads_the_keys_that_wait_for_it_and_no_others(database: sqlite3.Connection) -> None:
     statement = STATEMENTS["settings._IN_PROGRESS_OF_RUN.0"]
     assert isinstance(statement, Select)

@@ -176,10 +176,11 @@ _OF_PLACE = (is_(_w.tenant_id), is_(_w.workspace_id))
 _DECIDED = (*_OF_PLACE, *_period(_w.resolved_at))
 _BY_STATUS: list[ColumnElement[Any]] = [func.count(case((_w.status == name, 1))) for name in ("approved", "rejected")]
 _DECISIONS = _of_agent(select(*_BY_STATUS).where(*_DECIDED), _w.agent_id)
-_IN_ORDER = select(_w.wait_ms).where(*_OF_PLACE).order_by(_w.wait_ms).limit(1).offset(bindparam("b_shorter"))
-_WAIT = _of_agent(_IN_ORDER.where(*_period(_w.resolved_at)), _w.agent_id)
-# Along the waits in their order, passing over those of other times: nothing is to be sorted.
-_WAIT_OF_MANY = _of_agent(_IN_ORDER.where(*_period(_w.resolved_at + 0)), _w.agent_id)
+_NTH_WAIT = select(_w.wait_ms).where(*_OF_PLACE).limit(1).offset(bindparam("b_shorter"))
+# Those of the period, sorted: the planner would rather go along all waits that there are.
+_WAIT = _of_agent(_NTH_WAIT.where(*_period(_w.resolved_at)).order_by(_w.wait_ms + 0), _w.agent_id)
+# Along all waits in their order, passing over those of other times: nothing is to be sorted.
+_WAIT_OF_MANY = _of_agent(_NTH_WAIT.where(*_period(_w.resolved_at + 0)).order_by(_w.wait_ms), _w.agent_id)
 _MANY = 10_000
 
 _OF_RUN = (_r.tenant_id == _a.tenant_id) & (_r.id == _a.run_id)
