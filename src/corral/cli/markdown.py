@@ -29,6 +29,7 @@ class MarkdownWriter:
         self._pending = ""
         self._live: Live | None = None
         self._drawn = 0.0
+        self._tail = _Safe("")
 
     def write(self, text: str) -> None:
         self._pending += visible(text)
@@ -39,6 +40,7 @@ class MarkdownWriter:
 
     def end(self) -> None:
         """The message is whole."""
+        self._clear_reflowed()
         if self._live is not None:
             self._live.update(_Safe(""), refresh=False)
             self._live.stop()
@@ -53,13 +55,15 @@ class MarkdownWriter:
             return
         lines = self._pending.splitlines(keepends=True)
         finished, self._pending = "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])
+        self._clear_reflowed()
         if self._live is not None:
             # Before the finished part is printed above it, which draws it once more.
-            self._live.update(self._tail(), refresh=False)
+            self._live.update(self._made_tail(), refresh=False)
         self._console.print(_Safe(finished))
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
+        self._clear_reflowed()
         if self._live is None:
             self._live = Live(
                 console=self._console,
@@ -70,10 +74,22 @@ class MarkdownWriter:
                 vertical_overflow="crop",
             )
             self._live.start()
-        self._live.update(self._tail(), refresh=True)
+        self._live.update(self._made_tail(), refresh=True)
 
-    def _tail(self) -> _Safe:
-        return _Safe(self._pending, last=max(3, self._console.size.height - 2))
+    def _made_tail(self) -> _Safe:
+        self._tail = _Safe(self._pending, last=max(3, self._console.size.height - 2))
+        return self._tail
+
+    def _clear_reflowed(self) -> None:
+        """Take away the rows that a terminal which was made narrower has made of what was drawn.
+
+        It folds each line that is now too long, and what is drawn next goes back over as many rows as there were.
+        """
+        columns = self._console.size.width
+        more = sum(max(0, -(-length // columns) - 1) for length in self._tail.drawn)
+        if self._live is not None and more:
+            self._console.file.write("\r" + "\x1b[2K\x1b[1A" * more)
+        self._tail.drawn = []
 
 
 class _Safe:
@@ -82,12 +98,16 @@ class _Safe:
     def __init__(self, text: str, last: int | None = None) -> None:
         self._text = text
         self._last = last
+        self.drawn: list[int] = []
+        """How long the lines were, as they were last drawn."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # No links that hide where they lead: their address is written behind them.
         made = Markdown(self._text, hyperlinks=False, code_theme="ansi_dark", justify="left")
         lines = console.render_lines(made, options, pad=False)
-        for line in lines if self._last is None else lines[-self._last :]:
+        shown = lines if self._last is None else lines[-self._last :]
+        self.drawn = [Segment.get_line_length(line) for line in shown]
+        for line in shown:
             for segment in line:
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
             yield Segment.line()
