@@ -245,11 +245,18 @@ async def test_json_is_frames_and_nothing_else(demo: Gateway) -> None:
 
 
 async def test_commands_go_through_a_pipe_too(demo: Gateway) -> None:
-    lines = ["/new Plans", "list", "/sessions", "/output", "/model demo", "/abort", "/nope", "/session"]
+    lines = ["/new Plans", "list", "/sessions", "/output", "/model demo", "/model -", "/abort", "/nope", "/session"]
     lines += ["/etc/hosts is a message", "/quit", "lost", ""]
     code, _, err = await call("chat", data_dir=demo.data_dir, stdin="\n".join(lines))
     assert code == 0  # the last run's
-    for words in ("a new session: Plans", "* s_", "(empty directory)", "model from now on: demo", "no run is on"):
+    for words in (
+        "a new session: Plans",
+        "* s_",
+        "(empty directory)",
+        "model from now on: demo",
+        "model from now on: the one of",
+        "no run is on",
+    ):
         assert words in err
     assert "corral: there is no command /nope\n  /help lists them" in err
     assert "corral: which session?" in err

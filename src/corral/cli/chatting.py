@@ -60,7 +60,7 @@ class _Chat:
             "/new": ("[TITLE]", "go on in a new session", self._new),
             "/sessions": ("", "the newest sessions", self._sessions),
             "/session": ("NAME", "go on in that session (id or title)", self._switch),
-            "/model": ("[PROVIDER:NAME]", "which model answers now", self._model),
+            "/model": ("[PROVIDER:NAME]", "which model answers now; - for the agent's", self._model),
             "/output": ("", "the last tool call's whole output", self._output),
             "/abort": ("", "abort this session's run", self._abort),
             "/quit": ("", "leave, as Ctrl-D does", self._quit),
@@ -221,7 +221,7 @@ class _Chat:
 
     async def _model(self, _corral: Corral, name: str) -> None:
         if name:
-            self._options["model"] = name
+            self._options["model"] = None if name == "-" else name
         self._show.note(f"model from now on: {self._options['model'] or 'the one of the agent or the gateway'}")
 
     async def _output(self, corral: Corral, _rest: str) -> None:
