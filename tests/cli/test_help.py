@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from corral.cli import COMMANDS
+from corral.cli import corral as the_command
 from corral.cli.common import TOOLS
 from corral.executor.catalogue import SPECS
 from tests.cli.command import call, on_a_terminal
@@ -104,3 +111,54 @@ async def test_an_error_on_a_narrow_terminal_is_folded_between_words(tmp_path: P
 
 def test_the_tools_that_the_command_knows_are_those_that_there_are() -> None:
     assert set(TOOLS) == {spec.name for spec in SPECS}
+
+
+def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield " ".join(path), command
+        return
+    with click.Context(command) as ctx:
+        for name in command.list_commands(ctx):
+            found = command.get_command(ctx, name)
+            assert found is not None
+            yield from _commands(found, (*path, name))
+
+
+def test_a_command_that_must_be_told_something_shows_how_in_an_example() -> None:
+    lacking = []
+    for name, command in _commands(the_command):
+        needed = [each for each in command.params if each.required]
+        choices = [each for each in needed if isinstance(each.type, click.Choice)]
+        shown = command.get_help(click.Context(command, info_name=f"corral {name}")).splitlines()[1:]
+        if needed and len(choices) < len(needed) and not any(f"corral {name} " in line for line in shown):
+            lacking.append(name)
+    assert lacking == []
+
+
+async def test_a_list_of_commands_says_what_each_does_without_cutting_it_short() -> None:
+    for group in ("sessions", "audit", "approvals", "grants", "policy", "token", "agents", "config"):
+        code, out, _ = await call(group, "--help", env={"COLUMNS": "60"})
+        assert code == 0
+        assert "..." not in out.split("Commands:")[1], out
+        assert [line for line in out.splitlines() if len(line) > 60] == [], out
+
+
+def test_a_terminal_is_measured_where_it_is_and_not_where_a_pipe_is() -> None:
+    program = "import sys\nfrom corral.cli.columns import width\nsys.stderr.write(str(width()))"
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 61, 0, 0))
+    environment = {name: value for name, value in clean_environment().items() if name != "COLUMNS"}
+    try:
+        subprocess.run(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=follower,
+            env=environment,
+            check=True,
+            timeout=60,
+        )
+        assert os.read(leader, 100) == b"61"
+    finally:
+        os.close(leader)
+        os.close(follower)

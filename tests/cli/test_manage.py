@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from corral.cli.columns import cells
 from tests.cli.command import call, on_a_terminal
+from tests.cli.terminal import CTRL_C, ENTER, at_a_terminal
 from tests.support import needs
 from tests.support.gateway import Gateway
 from tests.support.model_server import CallTools, ModelServer, Say, conversation
@@ -90,14 +92,34 @@ async def test_json_of_every_listing_is_json_and_nothing_else(demo: Gateway) -> 
         json.loads(out)
 
 
-async def test_a_table_fits_a_narrow_terminal(demo: Gateway) -> None:
+async def test_a_table_fits_a_narrow_terminal_and_cuts_no_id(demo: Gateway) -> None:
     assert (await call("run", "--session", "one", "list: " + "x" * 200, data_dir=demo.data_dir))[0] == 0
+    assert (await call("run", "--session", "标题" * 30, "list", data_dir=demo.data_dir))[0] == 0
+    whole = json.loads((await call("sessions", "list", "--json", data_dir=demo.data_dir))[1])[0]["id"]
+    assert len(whole) > 30
     env = {"COLUMNS": "60", "NO_COLOR": "1"}
     code, shown = await on_a_terminal("sessions", "list", data_dir=demo.data_dir, env=env)
     assert code == 0
     assert "\x1b" not in shown
-    assert [line for line in shown.splitlines() if len(line) > 60] == []
-    assert "one" in shown
+    assert [line for line in shown.splitlines() if cells(line) > 60] == []
+    assert [line for line in shown.splitlines() if not line.startswith(" ")] == ["ID", whole, "one"]
+    code, shown = await on_a_terminal("sessions", "show", whole, data_dir=demo.data_dir, env=env)
+    assert [line for line in shown.splitlines() if cells(line) > 60] == []
+
+
+async def test_who_answers_no_keeps_the_session(demo: Gateway) -> None:
+    assert (await call("run", "--session", "one", "list", data_dir=demo.data_dir))[0] == 0
+    async with at_a_terminal("sessions", "delete", "one", data_dir=demo.data_dir) as terminal:
+        await terminal.until("[y/N]:")
+        terminal.press("n" + ENTER)
+        assert await terminal.ended() == 0
+        assert "nothing is deleted" in terminal.shown
+    async with at_a_terminal("sessions", "delete", "one", data_dir=demo.data_dir) as terminal:
+        await terminal.until("[y/N]:")
+        terminal.press(CTRL_C)
+        assert await terminal.ended() == 130
+        assert terminal.shown.endswith("\r\n")
+    assert "one" in (await call("sessions", "list", data_dir=demo.data_dir))[1]
 
 
 # ---- agents
@@ -233,6 +255,7 @@ async def test_completion_completes_commands_and_options() -> None:
         ("corral ses", "sessions"),
         ("corral sessions re", "rename"),
         ("corral chat --ses", "--session"),
+        ("corral doc", "doctor"),
     ):
         env = {"_CORRAL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         _, out, _ = await call(env=env)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("corral.cli.serve", "Start the gateway."),
@@ -62,9 +66,31 @@ class Commands(click.Group):
             raise click.exceptions.NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx)
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        from click.shell_completion import CompletionItem
+
+        # Without importing them all for what they say of themselves.
+        found = [(name, summary) for name, (_, summary) in COMMANDS.items() if name.startswith(incomplete)]
+        return [CompletionItem(name, help=summary) for name, summary in found]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+class Command(click.Command):
+    """A command of a group. What it does is said whole where it is listed, not cut to a line."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002
+        return super().get_short_help_str(1000)
+
+
+class Group(click.Group):
+    """Commands of a command."""
+
+    command_class = Command
 
 
 def load_command(name: str) -> click.Command:
@@ -135,15 +161,6 @@ def _complain(message: str, remedy: str) -> None:
 def _folded(text: str, indent: str) -> str:
     if not sys.stderr.isatty():
         return indent + text
-    import shutil
-    import textwrap
+    from corral.cli.columns import fold, width
 
-    columns = max(20, shutil.get_terminal_size((100, 24)).columns - 1)
-    return textwrap.fill(
-        text,
-        columns,
-        initial_indent=indent,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return "\n".join(fold(indent + text, max(20, width() - 1)))

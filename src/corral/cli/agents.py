@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError
+from corral.cli import FAILED, OK, USAGE, CliError, Group
 from corral.cli.common import check_tool_name, data_dir_option, json_option, unknown_tools
 from corral.cli.find import url_option
 
@@ -21,13 +21,12 @@ def _reached(function: Callable[..., Any]) -> Callable[..., Any]:
     return url_option(data_dir_option(function))
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """List, show and change agents.
 
     An agent is a name, a system prompt, a model and its tools.
 
-    \b
     Exit codes: 0 done, 1 failed (no such agent, for one), 2 wrong usage, 4 no gateway,
     5 refused for want of a role.
     """
@@ -73,7 +72,11 @@ def list_(**options: Any) -> int:
 @json_option
 @_reached
 def show(agent_id: str, **options: Any) -> int:
-    """Show one agent."""
+    """Show one agent.
+
+    \b
+    corral agents show a_default
+    """
     from corral.cli.calling import ask
     from corral.cli.tables import print_json
 
@@ -124,6 +127,10 @@ def set_(agent_id: str, **options: Any) -> int:
     """Make an agent, or change what is named of one and leave the rest as it is.
 
     An agent of corral.toml is set back to what stands there by the gateway's next start.
+
+    \b
+    corral agents set reviewer --prompt "You review code." \\
+      --tool file.read --tool file.search
     """
     from corral.cli.calling import ask
     from corral.cli.tables import print_json

@@ -6,12 +6,13 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError
+from corral.cli import FAILED, OK, USAGE, CliError, Group
 from corral.cli.calling import ask
+from corral.cli.columns import cut, fold, width
 from corral.cli.common import data_dir_option
 from corral.cli.find import url_option
 from corral.cli.visible import exact, unusual, visible
@@ -33,7 +34,7 @@ def reached(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """See the calls that wait for a person, and approve or reject them."""
 
@@ -46,7 +47,6 @@ def command() -> None:
 def list_(**options: Any) -> int:
     """List approvals, the newest first.
 
-    \b
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
 
@@ -74,12 +74,14 @@ def show(approval_id: str, **options: Any) -> int:
     Arguments are printed as JSON in which everything that cannot be seen is written out.
 
     \b
+    corral approvals show ap_…
+
     Exit codes: 0 done, 1 there is no such approval, 4 no gateway, 5 refused for want of a role.
     """
 
     async def go(corral: Corral) -> int:
         item = await find(corral, approval_id)
-        print_json(item) if options["as_json"] else print(described(item))
+        print_json(item) if options["as_json"] else print(described(item, _columns(sys.stdout)))
         return OK
 
     return ask(options, go)
@@ -101,6 +103,10 @@ def approve(approval_id: str, **options: Any) -> int:
     What is approved is printed first, exactly as it will run.
 
     \b
+    corral approvals approve ap_…
+    corral approvals approve ap_… --args '{"command": "ls"}'
+    corral approvals approve ap_… --remember session
+
     Exit codes: 0 approved, 1 there is no such approval or it was decided already, 2 wrong usage,
     4 no gateway, 5 refused by policy or for want of a role.
     """
@@ -116,6 +122,8 @@ def reject(approval_id: str, **options: Any) -> int:
     """Refuse a call. The run goes on without it.
 
     \b
+    corral approvals reject ap_… --comment "not there"
+
     Exit codes: 0 rejected, 1 there is no such approval or it was decided already, 4 no gateway,
     5 refused for want of a role.
     """
@@ -128,7 +136,6 @@ def reject(approval_id: str, **options: Any) -> int:
 def watch(**options: Any) -> int:
     """Show what waits, then each call that comes to wait and each decision. Ctrl-C ends it.
 
-    \b
     Exit codes: 4 no gateway, 5 refused for want of a role, 130 ended.
     """
 
@@ -188,7 +195,7 @@ def _resolve(approval_id: str, decision: str, args: Json | None, options: Json) 
                 f"this approval is {item['status']} already{by}", f"`corral approvals show {approval_id}` shows it"
             )
         if not options["as_json"]:
-            print(described(item if args is None else {**item, "args": args}), file=sys.stderr)
+            print(described(item if args is None else {**item, "args": args}, _columns(sys.stderr)), file=sys.stderr)
         params = {
             name: value
             for name, value in [("comment", options["comment"]), ("remember", options["remember"]), ("args", args)]
@@ -209,14 +216,16 @@ def _resolve(approval_id: str, decision: str, args: Json | None, options: Json) 
 # ---- showing
 
 
-def described(item: Json) -> str:
-    """An approval on several lines, its call exactly as it will run."""
+def described(item: Json, columns: int = 0) -> str:
+    """An approval on several lines, its call exactly as it will run; all else folded to so many columns, if any."""
     lines = [
         f"{item['approvalId']}  {item['status']}",
         f"tool      {visible(item['toolName'])} ({item['risk']} risk)",
         f"why       {visible(item['reason'])}" + (f" (rule {visible(item['ruleId'])})" if "ruleId" in item else ""),
-        f"session   {item['sessionId']}, run {item['runId']}",
-        f"asked     {item['createdAt']}, expires {item['expiresAt']}",
+        f"session   {item['sessionId']}",
+        f"run       {item['runId']}",
+        f"asked     {item['createdAt']}",
+        f"expires   {item['expiresAt']}",
     ]
     if "retryOf" in item:
         lines.insert(3, f"again     of {item['retryOf']}, which was interrupted and may have taken effect already")
@@ -225,11 +234,18 @@ def described(item: Json) -> str:
         lines.append(f"decided   {item['resolvedAt']}{by}")
     if "comment" in item:
         lines.append(f"comment   {visible(item['comment'])}")
+    if columns:
+        lines = [piece for line in lines for piece in fold(line, columns, " " * 10)]
     lines += ["arguments", *(f"  {line}" for line in exact(item["args"]).split("\n"))]
     if names := unusual(item["args"]):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        lines.append(f"  not plain ASCII: {', '.join(names[:5])}{more}")
+        note = f"  not plain ASCII: {', '.join(names[:5])}{more}"
+        lines += fold(note, columns) if columns else [note]
     return "\n".join(lines)
+
+
+def _columns(stream: TextIO) -> int:
+    return width() if stream.isatty() else 0
 
 
 def arguments_from(text: str) -> Json:
@@ -254,8 +270,6 @@ def _lines(item: Json) -> str:
     """One line in a pipe; on a terminal what is needed to decide, in lines that fit it."""
     if not sys.stdout.isatty():
         return _line(item)
-    from corral.cli.show import cut, width
-
     head = f"{item['approvalId']}  {item['createdAt'][:19].replace('T', ' ')}"
     call = f"{visible(item['toolName'])}  {exact(item['args'], None)}"
     return f"{head}\n  {cut(call, width() - 2)}"
@@ -271,7 +285,7 @@ def _tell(item: Json, as_json: bool) -> None:
     if as_json:
         print_json(item)
     elif item["status"] == "pending":
-        print(described(item))
+        print(described(item, _columns(sys.stdout)))
         print(f"  corral approvals approve {item['approvalId']}   or   reject", flush=True)
     else:
         by = f" by {visible(item['resolvedBy'])}" if "resolvedBy" in item else ""

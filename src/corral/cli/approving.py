@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from corral.cli.columns import cells
 from corral.cli.show import Transcript, width
 from corral.cli.terminal import is_interactive, keys
 from corral.client import Corral, GatewayUnreachable
@@ -161,7 +161,7 @@ def call_lines(approval: Approval, columns: int) -> Iterator[str]:
 def _argument(name: str, value: Any, columns: int) -> Iterator[str]:
     if not isinstance(value, str):
         yield from _wrapped(f"{name} = {exact(json.dumps(value, ensure_ascii=False))}", columns, "  ", "  │ ")
-    elif "\n" not in value and _cells(value) + len(name) + 8 <= columns:
+    elif "\n" not in value and cells(value) + len(name) + 8 <= columns:
         yield f"  {name}: {exact(value)}"
     else:
         lines = value.split("\n")
@@ -188,14 +188,10 @@ def _wrapped(text: str, columns: int, first: str, rest: str) -> Iterator[str]:
     room = max(20, columns - max(len(first), len(rest)) - 1)
     line, used, lead = "", 0, first
     for letter in text:
-        cells = _cells(letter)
-        if used + cells > room:
+        wide = cells(letter)
+        if used + wide > room:
             yield lead + line
             line, used, lead = "", 0, rest
         line += letter
-        used += cells
+        used += wide
     yield lead + line
-
-
-def _cells(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

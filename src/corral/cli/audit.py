@@ -13,10 +13,11 @@ from typing import Any, TextIO
 
 import click
 
-from corral.cli import ABORTED, FAILED, NO_GATEWAY, OK, REFUSED, USAGE, CliError
+from corral.cli import FAILED, NO_GATEWAY, OK, REFUSED, USAGE, CliError, Group
+from corral.cli.columns import cut
 from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import find_gateway, no_gateway, url_option
-from corral.cli.show import cut, width
+from corral.cli.show import width
 from corral.cli.times import given_time
 from corral.cli.visible import visible
 from corral.client import Corral, GatewayUnreachable
@@ -46,7 +47,7 @@ def _reached(function: Callable[..., Any]) -> Callable[..., Any]:
     return url_option(data_dir_option(function))
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """Look at the audit log, and check that it is whole."""
 
@@ -60,6 +61,8 @@ def query(**options: Any) -> int:
     """Show records, the newest first.
 
     \b
+    corral audit query --from 2h --action tool.call
+
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
     filters = _params(options)
@@ -90,6 +93,8 @@ def tail(**options: Any) -> int:
     """Show the last records, then each new one as it comes. Ctrl-C ends it.
 
     \b
+    corral audit tail --session notes
+
     Exit codes: 2 wrong usage, 4 no gateway, 5 refused for want of a role, 130 ended.
     """
     filters = _params(options)
@@ -120,6 +125,9 @@ def verify(**options: Any) -> int:
     """Check that no record was changed, dropped, put in, put elsewhere or cut off.
 
     \b
+    corral audit verify
+    corral audit verify --file audit.jsonl
+
     Exit codes: 0 the log is whole, 1 it is not, 2 wrong usage, 4 no gateway,
     5 refused for want of a role.
     """
@@ -145,6 +153,8 @@ def export(**options: Any) -> int:
     checks it anywhere, without this server.
 
     \b
+    corral audit export audit.jsonl
+
     Exit codes: 0 done, 1 the log is broken or the file cannot be written, 2 wrong usage,
     4 no gateway, 5 refused for want of a role.
     """
@@ -305,8 +315,6 @@ def _connected(options: dict[str, Any], work: Callable[[Corral], Awaitable[int]]
 
     try:
         return asyncio.run(go())
-    except KeyboardInterrupt:
-        return ABORTED
     except GatewayUnreachable as error:
         raise no_gateway(str(error), settings, options["url"]) from None
     except CorralError as error:

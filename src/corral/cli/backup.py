@@ -38,7 +38,6 @@ def command(**options: Any) -> int:
     \b
     corral backup /backups/corral-$(date +%F).tar
 
-    \b
     Exit codes: 0 made, 1 it cannot be made (FILE is there already, for one), 2 wrong usage.
     """
     settings = settings_from({"data_dir": options["data_dir"]})

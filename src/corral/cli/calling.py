@@ -68,7 +68,7 @@ _OPTIONS = {
     "runtimeMode": "--mode",
 }
 _FIELD = re.compile(r"`?\$\.params\.([A-Za-z](?:[\w.\[\]]*[\w\]])?)`?")
-_NONE_OF = re.compile(r": \$\.params\.\w+ is none of \w+\.list")
+_NONE_OF = re.compile(r": (\$\.params\.\w+ is none of \w+\.list|\w+\.list shows the ones there are)")
 _LISTS = {
     "agent": "corral agents list",
     "grant": "corral grants list",

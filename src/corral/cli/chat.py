@@ -37,8 +37,11 @@ def command(**options: Any) -> int:
     next one); answers go to standard output, all else to standard error.
 
     \b
-    Exit codes: 0 left, 1 failed, 2 wrong usage, 4 no gateway, 130 Ctrl-C where no run was on.
-    Without a terminal the last run's: 1 failed, 5 refused by policy, 130 aborted.
+    corral chat
+    corral chat --session notes
+
+    Exit codes: 0 left, 1 failed, 2 wrong usage, 4 no gateway. Without a terminal the last run's: 1 failed,
+    5 refused by policy, 130 aborted; and 130 for Ctrl-C where no run was on.
     """
     settings = settings_from({"data_dir": options["data_dir"]})
     if options["as_json"] and sys.stdin.isatty():

@@ -16,6 +16,7 @@ from corral import __version__
 from corral.cli import OK, CliError
 from corral.cli.approving import Approver
 from corral.cli.calling import refusal
+from corral.cli.columns import cut
 from corral.cli.lines import Edited, Left, Plain, Reader, history_file
 from corral.cli.naming import list_sessions, require_session, session_for
 from corral.cli.run import elsewhere, run_params
@@ -180,7 +181,7 @@ class _Chat:
         for item in said[-_RECENT:]:
             mark = "› " if item["role"] == "user" else "  "
             line = visible(" ".join(item["text"].split()))
-            self._show.say(mark + (line if len(line) < width() - 3 else line[: width() - 4] + "…"))
+            self._show.say(mark + cut(line, width() - 3))
 
     # ---- commands
 
@@ -210,7 +211,7 @@ class _Chat:
         for session in sessions:
             here = "*" if session.id == self._session else " "
             line = f"{here} {session.id}  {session.title}"
-            self._show.say(visible(line if len(line) < width() else line[: width() - 1] + "…"))
+            self._show.say(cut(visible(line), width() - 1))
         self._show.say("  /session NAME goes on in one" if sessions else "  there is none yet")
 
     async def _switch(self, corral: Corral, name: str) -> None:
@@ -256,7 +257,7 @@ class _Chat:
         if self._lost:
             return "connection lost, trying again"
         parts = [self._session or "new session", self._options["model"], self._options["mode"]]
-        return visible(" · ".join(part for part in parts if part))[: max(10, width() - 1)]
+        return cut(visible(" · ".join(part for part in parts if part)), max(10, width() - 1))
 
     def _complain(self, error: CliError) -> None:
         self._code = error.code

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from corral.cli import OK
+from corral.cli import OK, Group
 from corral.cli.common import data_dir_option, json_option, settings_from
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """The settings, and where each came from."""
 
@@ -31,7 +31,6 @@ def show(**options: Any) -> int:
     It is what `corral serve` would be told if it were started here now. The access token is not shown:
     `corral token` prints it.
 
-    \b
     Exit codes: 0 shown, 2 a setting that cannot be used.
     """
     settings = settings_from({"data_dir": options["data_dir"], "config": options["config"]})

@@ -15,6 +15,7 @@ import click
 from msgspec import UNSET
 
 from corral.cli import FAILED, OK
+from corral.cli.columns import cells, fold, width
 from corral.cli.show import Transcript, visible
 from corral.client import Corral, Event, GatewayUnreachable
 from corral.config import Settings, load_settings, read_endpoint, read_token
@@ -33,7 +34,6 @@ def command(fast: bool) -> int:
     It uses a temporary data directory, a gateway of its own and the built-in demo model, so it needs
     no key and touches nothing else. It takes about half a minute.
 
-    \b
     Exit codes: 0 everything happened as told (what this machine cannot show is said),
     1 something did not.
     """
@@ -207,7 +207,10 @@ class _Tour:
         await self._pause(1.5)
 
     def _print(self, text: str) -> None:
-        print(visible(text), flush=True)
+        lines = visible(text).split("\n")
+        if sys.stdout.isatty() and max(map(cells, lines)) > width():
+            lines = fold(" ".join([lines[0], *(line.strip() for line in lines[1:])]), width(), "   ")
+        print("\n".join(lines), flush=True)
 
     async def _pause(self, seconds: float) -> None:
         if not self._fast:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,6 @@ def command(**options: Any) -> int:
     runtimes, and changes nothing. The model is asked from here, with this shell's keys; a gateway that
     runs already may have been started with others.
 
-    \b
     Exit codes: 0 all that is needed is there, 1 something needed is missing, 2 a setting that cannot be used.
     """
     settings = settings_from({name: options[name] for name in ("data_dir", "config", "model")})
@@ -42,30 +45,24 @@ def command(**options: Any) -> int:
     from corral.cli.show import colours, visible, width
     from corral.cli.tables import print_json
 
-    checks = asyncio.run(check_all(settings, offline=options["offline"]))
+    with _patience(f"looking, and asking {settings.model}" if not options["offline"] else "looking"):
+        checks = asyncio.run(check_all(settings, offline=options["offline"]))
     missing = [check for check in checks if check.state == "missing"]
     if options["as_json"]:
         print_json({"ok": not missing, "checks": checks})
         return FAILED if missing else OK
-    import sys
-    import textwrap
+    from corral.cli.columns import fold
 
     colour = colours(sys.stdout)
     marks = {"ok": ("ok", "32"), "note": ("note", "33"), "missing": ("MISSING", "31")}
     for check in checks:
         word, code = marks[check.state]
         mark = f"\x1b[{code}m{word:<8}\x1b[0m" if colour else f"{word:<8}"
-        lines = textwrap.wrap(
-            visible(f"{check.name}: {check.found}"),
-            max(30, width() - 10),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        room = max(30, width() - 10)
+        lines = fold(visible(f"{check.name}: {check.found}"), room, "")
         print(f"{mark} {lines[0]}")
         if check.remedy:
-            lines += textwrap.wrap(
-                visible(f"→ {check.remedy}"), max(30, width() - 10), break_long_words=False, break_on_hyphens=False
-            )
+            lines += fold(visible(f"→ {check.remedy}"), room, "")
         for line in lines[1:]:
             print(f"{'':<9}{line}")
     print()
@@ -76,3 +73,16 @@ def command(**options: Any) -> int:
     else:
         print("all that is needed is there")
     return FAILED if missing else OK
+
+
+@contextmanager
+def _patience(what: str) -> Iterator[None]:
+    """Say on a terminal what it is that takes long; a model's server that hangs is given twenty seconds."""
+    shown = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if shown:
+        print(f"{what} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

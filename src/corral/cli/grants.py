@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import OK
+from corral.cli import OK, Group
 from corral.cli.approvals import print_json, reached
 from corral.cli.calling import ask
+from corral.cli.columns import fold, width
 from corral.cli.visible import exact
 
 if TYPE_CHECKING:
     from corral.client import Corral
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """See what approvals were told to remember, and take it back."""
 
@@ -28,7 +29,6 @@ def command() -> None:
 def list_(**options: Any) -> int:
     """List grants, the newest first: what they cover, how often they were used, until when they hold.
 
-    \b
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
 
@@ -52,6 +52,8 @@ def revoke(grant_id: str, **options: Any) -> int:
     """Take a grant back: from the next call on a person is asked again.
 
     \b
+    corral grants revoke gr_…
+
     Exit codes: 0 done, 1 there is no such grant, 4 no gateway, 5 refused for want of a role.
     """
 
@@ -68,10 +70,9 @@ def _described(item: dict[str, Any]) -> str:
     uses = {0: "not used yet", 1: "used once"}.get(item["uses"], f"used {item['uses']} times")
     # What it covers is shown like a call, with nothing in it hidden. It holds JSON already, whose quotes and
     # backslashes stay as they are.
-    return (
-        f"{item['grantId']}  {_state(item)}\n  {_whole(item['matcher'])}\n"
-        f"  in {where}; {uses}; by {item['createdBy']} {item['createdAt']}, until {item['expiresAt']}"
-    )
+    use = f"  in {where}; {uses}; by {item['createdBy']} {item['createdAt']}, until {item['expiresAt']}"
+    lines = fold(use, width()) if sys.stdout.isatty() else [use]
+    return "\n".join([f"{item['grantId']}  {_state(item)}", f"  {_whole(item['matcher'])}", *lines])
 
 
 def _whole(words: str) -> str:

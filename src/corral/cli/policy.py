@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError
+from corral.cli import FAILED, OK, USAGE, CliError, Group
 from corral.cli.approvals import print_json, reached
 from corral.cli.calling import ask
+from corral.cli.columns import fold, width
 from corral.cli.common import check_tool_name, unknown_tools
 from corral.cli.visible import exact, visible
 
@@ -74,7 +75,7 @@ def _layered(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """See and change what tools may do, and ask what policy says of a call."""
 
@@ -86,7 +87,6 @@ def command() -> None:
 def show(**options: Any) -> int:
     """Show what one layer says, or all merged.
 
-    \b
     Exit codes: 0 done, 1 there is no such agent, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
 
@@ -100,7 +100,9 @@ def show(**options: Any) -> int:
         print(exact(document_of(policy)))
         if policy["inherited"]:
             held = ", ".join(f"{name} {_word(policy[name])}" for name in policy["inherited"])
-            print(f"from coarser layers: {held}", file=sys.stderr)
+            said = f"from coarser layers: {held}"
+            for line in fold(said, width()) if sys.stderr.isatty() else [said]:
+                print(line, file=sys.stderr)
         return OK
 
     return ask(options, go)
@@ -123,7 +125,6 @@ def set_(key: str | None, value: str | None, **options: Any) -> int:
     corral policy set highRisk deny --agent reviewer
     corral policy set --file policy.json
 
-    \b
     Exit codes: 0 done, 1 changed meanwhile or no such agent, 2 wrong usage or no policy, 4 no gateway,
     5 refused for want of a role.
     """
@@ -151,7 +152,6 @@ def edit(**options: Any) -> int:
 
     What somebody else changed meanwhile is not overwritten: the update is refused, and the edited text kept.
 
-    \b
     Exit codes: 0 done or left as it was, 1 changed meanwhile, or the editor failed, 2 no policy, 4 no gateway,
     5 refused for want of a role.
     """
@@ -199,6 +199,8 @@ def test(file: str, as_json: bool) -> int:
     `corral policy show` prints it; `-` reads standard input.
 
     \b
+    corral policy test policy.json
+
     Exit codes: 0 it is good, 1 it is not, 2 wrong usage.
     """
     from corral.cli.policy_file import check
@@ -237,7 +239,6 @@ def explain(tool: str, args: tuple[str, ...], **options: Any) -> int:
     corral policy explain file.write notes.txt
     corral policy explain my.tool '{"to": "anna"}'
 
-    \b
     Exit codes: 0 answered, 1 no such session or agent, 2 wrong usage, 4 no gateway.
     """
     call = call_arguments(tool, args)
@@ -375,6 +376,8 @@ def _without_nothing(value: Any) -> Any:
 
 
 def _address(options: Json) -> Json:
+    if options["layer"] == "agent" and options["agent"] is None:
+        raise CliError("--layer agent needs --agent ID", "`corral agents list` shows the agents", code=USAGE)
     named = (("layer", options["layer"]), ("agentId", options["agent"]))
     return {name: value for name, value in named if value is not None}
 

@@ -47,7 +47,6 @@ def command(**options: Any) -> int:
     corral restore --check /backups/corral-2026-01-31.tar
     corral restore /backups/corral-2026-01-31.tar
 
-    \b
     Exit codes: 0 restored, 1 it cannot be (the file is damaged, there is data), 2 wrong usage,
     3 the data directory is in use by another process.
     """

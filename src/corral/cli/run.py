@@ -48,6 +48,10 @@ def command(**options: Any) -> int:
     Ctrl-C aborts the run; a second one leaves without waiting for that.
 
     \b
+    corral run "what is in this folder?"
+    corral run --session notes --allow file.write "write: a.txt :: hello"
+    git diff | corral run -
+
     Exit codes: 0 completed, 1 failed, 2 wrong usage, 4 no gateway, or none any more,
     5 refused by policy or for want of a role, 130 aborted.
     """

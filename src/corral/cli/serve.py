@@ -45,6 +45,9 @@ def command(**flags: Any) -> int:
     somebody knows: CORRAL_TOKEN, `token` in corral.toml, or one that the data directory has already.
 
     \b
+    corral serve
+    OPENAI_API_KEY=… corral serve --model openai-chat:NAME
+
     Exit codes: 0 stopped, 1 failed (port in use, for one), 2 bad configuration,
     3 the data directory is in use by another process.
     """
@@ -147,7 +150,8 @@ def _no_address(error: OSError, settings: Settings) -> CliError:
 def _announce(url: str) -> None:
     print(f"listening on {url}", flush=True)
     if sys.stderr.isatty():
-        print(f'in a second terminal: {_own_name()} run "list"    (Ctrl-C here stops the gateway)', file=sys.stderr)
+        print(f'in a second terminal: {_own_name()} run "list"', file=sys.stderr)
+        print("Ctrl-C here stops the gateway", file=sys.stderr)
 
 
 def _own_name() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from corral.cli import OK, USAGE, CliError
+from corral.cli import OK, USAGE, CliError, Group
 from corral.cli.common import data_dir_option, json_option
 from corral.cli.find import url_option
 
@@ -23,13 +23,12 @@ def _reached(function: Callable[..., Any]) -> Callable[..., Any]:
     return url_option(data_dir_option(function))
 
 
-@click.group(no_args_is_help=True)
+@click.group(cls=Group, no_args_is_help=True)
 def command() -> None:
     """List, show, export, rename and delete sessions.
 
     NAME is a session's id or its title.
 
-    \b
     Exit codes: 0 done, 1 failed (no such session, for one), 2 wrong usage, 4 no gateway,
     5 refused for want of a role.
     """
@@ -63,8 +62,13 @@ def list_(**options: Any) -> int:
 @json_option
 @_reached
 def show(name: str, **options: Any) -> int:
-    """Show one session: what it is, and what was said last."""
+    """Show one session: what it is, and what was said last.
+
+    \b
+    corral sessions show notes
+    """
     from corral.cli.calling import ask
+    from corral.cli.columns import cut, fold
     from corral.cli.show import visible, width
     from corral.cli.tables import print_json
 
@@ -78,13 +82,14 @@ def show(name: str, **options: Any) -> int:
     if options["as_json"]:
         print_json(session)
         return OK
+    room = width() - 13 if sys.stdout.isatty() else None
     for key, value in _facts(session):
-        print(f"{key:<12} {visible(value)}")
+        lines = [visible(value)] if room is None else fold(visible(value), room, "")
+        print(f"{key:<12} " + f"\n{'':<13}".join(lines))
     for item in [item for item in items if item.get("text")][-6:]:
         who = "you" if item["role"] == "user" else "agent"
         line = visible(" ".join(item["text"].split()))
-        room = width() - 13 if sys.stdout.isatty() else len(line)
-        print(f"{who:<12} {line if len(line) <= room else line[: room - 1] + '…'}")
+        print(f"{who:<12} {line if room is None else cut(line, room)}")
     return OK
 
 
@@ -138,7 +143,11 @@ def _compactions(session: Session) -> str:
 )
 @_reached
 def export(name: str, **options: Any) -> int:
-    """Write a whole session out."""
+    """Write a whole session out.
+
+    \b
+    corral sessions export notes --format markdown -o notes.md
+    """
     from corral.cli.calling import ask
 
     markdown = options["form"] == "markdown" and not options["as_json"]
@@ -225,7 +234,11 @@ def _opened(path: str) -> TextIO:
 @json_option
 @_reached
 def rename(name: str, title: str, **options: Any) -> int:
-    """Give a session another title."""
+    """Give a session another title.
+
+    \b
+    corral sessions rename s_… "Tidy the notes"
+    """
     from corral.cli.calling import ask
     from corral.cli.tables import print_json
 
@@ -252,7 +265,11 @@ def rename(name: str, title: str, **options: Any) -> int:
 @json_option
 @_reached
 def delete(names: tuple[str, ...], **options: Any) -> int:
-    """Delete sessions with their journals and outputs. The audit log keeps that they were there."""
+    """Delete sessions with their journals and outputs. The audit log keeps that they were there.
+
+    \b
+    corral sessions delete notes s_…
+    """
     from corral.cli.calling import ask
     from corral.cli.naming import require_session
     from corral.cli.show import visible
@@ -267,7 +284,14 @@ def delete(names: tuple[str, ...], **options: Any) -> int:
             raise CliError("deleting cannot be undone", "say that you mean it with --yes", code=USAGE)
         for session in found:
             print(visible(f"{session.id}  {session.title}"), file=sys.stderr)
-        click.confirm(f"delete {'it' if len(found) == 1 else f'these {len(found)}'} for good?", abort=True, err=True)
+        try:
+            sure = click.confirm(f"delete {'it' if len(found) == 1 else f'these {len(found)}'} for good?", err=True)
+        except click.Abort:
+            print(file=sys.stderr)  # Ctrl-C has left the question's line open
+            raise
+        if not sure:
+            print("nothing is deleted", file=sys.stderr)
+            return OK
 
     async def go(corral: Corral) -> list[Any]:
         return [await corral.request("sessions.delete", sessionId=session.id) for session in found]

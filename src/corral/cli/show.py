@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import textwrap
 from typing import Any, TextIO
 
 from msgspec import UNSET
 
+from corral.cli.columns import cut, fold
+from corral.cli.columns import width as width  # others take it from here
 from corral.cli.visible import visible as visible  # others take it from here
 from corral.protocol.events import (
     AgentCompleted,
@@ -130,9 +130,9 @@ class Transcript:
     def _result(self, result: AgentToolResult) -> None:
         if result.status == "denied":
             return  # the call has said so
-        lines = visible(result.output).splitlines()
+        lines = visible(result.output).expandtabs().splitlines()
         if result.status == "interrupted":  # a sentence to be read, not output to be folded
-            lines = textwrap.wrap(" ".join(lines), max(20, width() - 2))
+            lines = fold(" ".join(lines), max(20, width() - 2), "")
         shown = lines[:FOLDED_LINES] if len(lines) > FOLDED_LINES + 1 else lines
         for line in shown:
             self._say(self._paint(f"  {cut(line, width() - 2)}", "dim"))
@@ -163,6 +163,8 @@ class Transcript:
             again = " (trying again may help)" if payload.retryable else ""
             message = f": {payload.code}: {visible(payload.message)}{again}; session {session_id}"
             self._ending("failed", "red", message)
+            if payload.code == "MODEL_UNAVAILABLE":
+                self._say("  `corral doctor` asks the model too, and says what to look at")
 
     def _ending(self, word: str, style: str, rest: str) -> None:
         first, *more = self.folded(word + rest)
@@ -222,14 +224,7 @@ class Transcript:
         """Prose in lines that fit the terminal; whole where there is none."""
         if not self._err.isatty():
             return [text]
-        return textwrap.wrap(
-            text,
-            max(20, width() - 1),
-            drop_whitespace=True,
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        return fold(text, max(20, width() - 1), indent)
 
     def _paint(self, text: str, style: str) -> str:
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self._colour else text
@@ -253,16 +248,6 @@ def _short(args: dict[str, Any]) -> str:
     """A call's arguments in one line: `command="ls -la" timeoutMs=1000`."""
     parts = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in args.items()]
     return cut(visible(" ".join(parts)), max(40, width() - 20))
-
-
-def cut(text: str, width: int) -> str:
-    """`text`, or as much of it as `width` columns hold, with an ellipsis."""
-    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
-
-
-def width() -> int:
-    """Columns of the terminal, or of COLUMNS."""
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def duration(ms: int) -> str:

@@ -41,7 +41,6 @@ def command(**options: Any) -> int:
 
     A run belongs to the period in which it ended. By default that is the last 24 hours.
 
-    \b
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
     given = {"from": options["from_"], "to": options["to"]}
@@ -75,11 +74,10 @@ def _lines(metrics: dict[str, Any], agent: str | None) -> list[str]:
 def _title(text: str) -> list[str]:
     if not sys.stdout.isatty():
         return [text]
-    import textwrap
-
+    from corral.cli.columns import fold
     from corral.cli.show import width
 
-    return textwrap.wrap(text, max(20, width()), break_on_hyphens=False)
+    return fold(text, max(20, width()), "")
 
 
 def _values(metrics: dict[str, Any]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from corral.cli.columns import cells, cut, pad
 from corral.cli.show import colours, visible, width
 
 
@@ -23,40 +24,31 @@ def print_lines(values: Sequence[Any]) -> None:
         print(msgspec.json.encode(value).decode())
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, stretch: int = -1) -> None:
-    """Columns on standard output; on a terminal the column `stretch` is cut to fit, in a pipe nothing is."""
-    # Here, as a command that prints no table does without.
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+_READABLE = 16
+"""Columns of text that are worth a look; with less a terminal gets each row in two lines."""
 
-    terminal = sys.stdout.isatty()
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, stretch: int = -1) -> None:
+    """Columns on standard output; on a terminal the column `stretch` is cut to fit, in a pipe nothing is.
+
+    The first column is never cut, as it is what other commands are given.
+    """
     flexible = stretch % len(head)
-    for position, name in enumerate(head):
-        table.add_column(
-            name, no_wrap=True, overflow="ellipsis", ratio=None, min_width=8 if position == flexible else None
-        )
-    for row in rows:
-        # Text objects: what a model or a person has written is no markup.
-        table.add_row(*(Text(visible(cell).replace("\n", " ")) for cell in row))
-    if terminal:
-        room = width() - sum(
-            max(len(head[index]), *(len(row[index]) for row in rows), 0) + 2
-            for index in range(len(head))
-            if index != flexible
-        )
-        table.columns[flexible].max_width = max(8, room)
-    console = Console(
-        file=sys.stdout,
-        width=width() if terminal else 100_000,
-        no_color=not colours(sys.stdout),
-        color_system="standard" if colours(sys.stdout) else None,
-        highlight=False,
-    )
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    lines = [list(head), *([visible(cell).replace("\n", " ") for cell in row] for row in rows)]
+    widths = [max(cells(line[position]) for line in lines) for position in range(len(head))]
+    apart, room = False, widths[flexible]
+    if sys.stdout.isatty():
+        others = sum(widths) - widths[flexible] + 2 * (len(head) - 1)
+        apart = width() < others + min(widths[flexible], _READABLE)
+        room = width() - others + (widths[0] if apart else 0)
+        widths[flexible] = min(widths[flexible], max(8, room))
+    for number, line in enumerate(lines):
+        texts = [cut(cell, widths[at]) if at == flexible else cell for at, cell in enumerate(line)]
+        padded = [pad(text, widths[at]) for at, text in enumerate(texts)]
+        shown = [texts[0], "  " + "  ".join(padded[1:])] if apart else ["  ".join(padded)]
+        for text in shown:
+            bold = number == 0 and colours(sys.stdout)
+            print(f"\x1b[1m{text.rstrip()}\x1b[0m" if bold else text.rstrip())
 
 
 def ago(time: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import OK, USAGE, CliError
+from corral.cli import OK, USAGE, CliError, Group
 from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import url_option
 from corral.config import ConfigError, ensure_token
@@ -25,7 +25,7 @@ _MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line, and nothing else.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @data_dir_option
 @click.pass_context
 def command(ctx: click.Context, data_dir: Path | None) -> None:
@@ -62,6 +62,8 @@ def create(ctx: click.Context, /, **options: Any) -> int:
     member runs, viewer looks on, auditor reads the audit log, admin manages all but owners.
 
     \b
+    corral token create --role operator --expires 30d
+
     Exit codes: 0 made, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
     params: dict[str, Any] = {"roles": list(options["roles"])}
@@ -94,7 +96,6 @@ def create(ctx: click.Context, /, **options: Any) -> int:
 def list_(ctx: click.Context, /, **options: Any) -> int:
     """List the tokens, the oldest first, without their texts.
 
-    \b
     Exit codes: 0 done, 2 wrong usage, 4 no gateway, 5 refused for want of a role.
     """
 
@@ -119,6 +120,8 @@ def revoke(ctx: click.Context, /, token_id: str, **options: Any) -> int:
     ID is the token's id as `corral token list` shows it, not its text.
 
     \b
+    corral token revoke tok_…
+
     Exit codes: 0 done, 1 there is no such token or it is the last owner's, 2 wrong usage, 4 no gateway,
     5 refused for want of a role.
     """
@@ -169,11 +172,13 @@ def _line(item: dict[str, Any]) -> str:
 
 def _lines(item: dict[str, Any]) -> str:
     """What a narrow terminal has room for."""
+    from corral.cli.columns import fold, width
+
     times: dict[str, Any] = {
         name: item[name][:16].replace("T", " ") for name in ("expiresAt", "revokedAt") if name in item
     }
     token_id, rest = _line({**item, **times}).split("  ", 1)
-    return f"{token_id}\n  {rest}"
+    return "\n".join([token_id, *fold(f"  {rest}", width())])
 
 
 def _whose(item: dict[str, Any]) -> str:

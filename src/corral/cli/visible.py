@@ -18,6 +18,13 @@ _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e"
     "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
 )
+_MANY = {
+    "CJK UNIFIED IDEOGRAPH-": "Chinese characters",
+    "HIRAGANA LETTER ": "kana",
+    "KATAKANA LETTER ": "kana",
+    "HANGUL SYLLABLE ": "Hangul syllables",
+}
+"""How the name of a letter begins, and what such letters are called together."""
 _LETTERS_KINDS = frozenset("LMNPS")
 
 
@@ -39,11 +46,19 @@ def exact(value: Any, indent: int | None = 2) -> str:
 def unusual(value: Any) -> list[str]:
     """The letters and signs beyond ASCII in `value` by name, for a note: one may look like another.
 
-    For example `U+0430 CYRILLIC SMALL LETTER A`. Each once, in order of first appearance.
+    For example `U+0430 CYRILLIC SMALL LETTER A`. Each once, in order of first appearance. The letters of a script
+    that has too many to tell by name are counted, and come last, so that they do not hide the others.
     """
     text = json.dumps(value, ensure_ascii=False, default=str)
-    found = dict.fromkeys(char for char in text if ord(char) > 126)
-    return [f"U+{ord(char):04X} {unicodedata.name(char, 'with no name')}" for char in found]
+    named, counted = [], dict.fromkeys(_MANY.values(), 0)
+    for char in dict.fromkeys(char for char in text if ord(char) > 126):
+        name = unicodedata.name(char, "with no name")
+        script = next((many for begin, many in _MANY.items() if name.startswith(begin)), None)
+        if script is None:
+            named.append(f"U+{ord(char):04X} {name}")
+        else:
+            counted[script] += 1
+    return named + [f"{count} {script}" for script, count in counted.items() if count]
 
 
 def _plain(char: str) -> bool:
