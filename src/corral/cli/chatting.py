@@ -61,7 +61,7 @@ class _Chat:
             "/new": ("[TITLE]", "go on in a new session", self._new),
             "/sessions": ("", "the newest sessions", self._sessions),
             "/session": ("NAME", "go on in that session (id or title)", self._switch),
-            "/model": ("[PROVIDER:NAME]", "which model answers now; - for the agent's", self._model),
+            "/model": ("[PROVIDER:NAME]", "model from now on; - the agent's", self._model),
             "/output": ("", "the last tool call's whole output", self._output),
             "/abort": ("", "abort this session's run", self._abort),
             "/quit": ("", "leave, as Ctrl-D does", self._quit),
