@@ -256,10 +256,37 @@ async def test_completion_completes_commands_and_options() -> None:
         ("corral sessions re", "rename"),
         ("corral chat --ses", "--session"),
         ("corral doc", "doctor"),
+        ("corral run --allow file.w", "file.write"),
     ):
         env = {"_CORRAL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         _, out, _ = await call(env=env)
         assert f"plain,{wanted}" in out.splitlines()
+
+
+async def test_completion_asks_a_running_gateway_for_ids(demo: Gateway) -> None:
+    assert (await call("run", "--session", "one", "li\u202est, what is there", data_dir=demo.data_dir))[0] == 0
+
+    async def completed(*words: str) -> tuple[int, str, str]:
+        env = {"_CORRAL_COMPLETE": "zsh_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        return await call(data_dir=demo.data_dir, env=env)
+
+    _, out, _ = await completed("corral", "sessions", "show", "o")
+    assert out == "plain\none\nli\\u202est, what is there\n"
+    _, out, _ = await completed("corral", "agents", "show", "a")
+    assert out.startswith("plain\na_default\n")
+    _, out, _ = await completed("corral", "policy", "test", "po")
+    assert out == "file\npo\n_\n"
+
+
+async def test_completion_says_nothing_where_no_gateway_runs(tmp_path: Path) -> None:
+    env = {"_CORRAL_COMPLETE": "bash_complete", "COMP_WORDS": "corral sessions show o", "COMP_CWORD": "3"}
+    _, out, err = await call(data_dir=tmp_path, env=env)
+    assert (out.strip(), err) == ("", "")
+
+
+async def test_what_fish_is_told_of_a_word_may_have_a_comma() -> None:
+    _, out, _ = await call("completion", "fish")
+    assert 'string split --max 1 ","' in out
 
 
 @pytest.mark.parametrize(

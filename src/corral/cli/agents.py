@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError, Group
+from corral.cli import FAILED, OK, USAGE, CliError, Group, completing
 from corral.cli.common import check_tool_name, data_dir_option, json_option, unknown_tools
 from corral.cli.find import url_option
 
@@ -68,7 +68,7 @@ def list_(**options: Any) -> int:
 
 
 @command.command()
-@click.argument("agent_id", metavar="ID")
+@click.argument("agent_id", metavar="ID", shell_complete=completing.agents)
 @json_option
 @_reached
 def show(agent_id: str, **options: Any) -> int:
@@ -114,12 +114,17 @@ def _print(agent: Agent) -> None:
 
 
 @command.command("set")
-@click.argument("agent_id", metavar="ID")
+@click.argument("agent_id", metavar="ID", shell_complete=completing.agents)
 @click.option("--name", metavar="TEXT", help="What people call it.")
 @click.option("--prompt", metavar="TEXT", help="Its system prompt; `-` reads it from standard input.")
 @click.option("--model", metavar="PROVIDER:NAME", help="Its model. [default: the gateway's]")
 @click.option(
-    "--tool", "tools", metavar="TOOL", multiple=True, help="A tool that it has; may be repeated. [default: every one]"
+    "--tool",
+    "tools",
+    metavar="TOOL",
+    multiple=True,
+    shell_complete=completing.tools,
+    help="A tool that it has; may be repeated. [default: every one]",
 )
 @json_option
 @_reached

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError, Group
+from corral.cli import FAILED, OK, USAGE, CliError, Group, completing
 from corral.cli.calling import ask
 from corral.cli.columns import cut, fold, width
 from corral.cli.common import data_dir_option
@@ -41,7 +41,7 @@ def command() -> None:
 
 @command.command("list")
 @click.option("--status", type=click.Choice(STATUSES), default="pending", show_default=True, help="Which ones.")
-@click.option("--session", metavar="ID", help="Only of this session.")
+@click.option("--session", metavar="ID", shell_complete=completing.sessions, help="Only of this session.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many, at most.")
 @reached
 def list_(**options: Any) -> int:
@@ -66,7 +66,7 @@ def list_(**options: Any) -> int:
 
 
 @command.command()
-@click.argument("approval_id", metavar="ID")
+@click.argument("approval_id", metavar="ID", shell_complete=completing.approvals)
 @reached
 def show(approval_id: str, **options: Any) -> int:
     """Show one call exactly as it will run.
@@ -88,7 +88,7 @@ def show(approval_id: str, **options: Any) -> int:
 
 
 @command.command()
-@click.argument("approval_id", metavar="ID")
+@click.argument("approval_id", metavar="ID", shell_complete=completing.approvals)
 @click.option("--args", "args", metavar="JSON", help="Approve the call with these arguments instead of its own.")
 @click.option(
     "--remember",
@@ -115,7 +115,7 @@ def approve(approval_id: str, **options: Any) -> int:
 
 
 @command.command()
-@click.argument("approval_id", metavar="ID")
+@click.argument("approval_id", metavar="ID", shell_complete=completing.approvals)
 @click.option("--comment", metavar="TEXT", help="Why; the model is told.")
 @reached
 def reject(approval_id: str, **options: Any) -> int:
@@ -131,7 +131,7 @@ def reject(approval_id: str, **options: Any) -> int:
 
 
 @command.command()
-@click.option("--session", metavar="ID", help="Only of this session.")
+@click.option("--session", metavar="ID", shell_complete=completing.sessions, help="Only of this session.")
 @reached
 def watch(**options: Any) -> int:
     """Show what waits, then each call that comes to wait and each decision. Ctrl-C ends it.

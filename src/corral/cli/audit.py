@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 import click
 
-from corral.cli import FAILED, NO_GATEWAY, OK, REFUSED, USAGE, CliError, Group
+from corral.cli import FAILED, NO_GATEWAY, OK, REFUSED, USAGE, CliError, Group, completing
+from corral.cli.calling import unauthorized
 from corral.cli.columns import cut
 from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import find_gateway, no_gateway, url_option
@@ -39,7 +40,8 @@ _filters = (
 
 def _filtered(function: Callable[..., Any]) -> Callable[..., Any]:
     for name, option, metavar, text in reversed(_filters):
-        function = click.option(option, name, metavar=metavar, help=text)(function)
+        complete = completing.sessions if name == "session" else None
+        function = click.option(option, name, metavar=metavar, shell_complete=complete, help=text)(function)
     return function
 
 
@@ -323,7 +325,7 @@ def _connected(options: dict[str, Any], work: Callable[[Corral], Awaitable[int]]
 
 def _refused(error: CorralError) -> CliError:
     if error.code is ErrorCode.UNAUTHORIZED:
-        return CliError(error.message, "set CORRAL_TOKEN to what `corral token` prints there", code=NO_GATEWAY)
+        return CliError(*unauthorized(error), code=NO_GATEWAY)
     if error.code is ErrorCode.FORBIDDEN:
         return CliError(f"{error.code}: {error.message}", "it needs the role auditor, admin or owner", code=REFUSED)
     code = USAGE if error.code is ErrorCode.INVALID_REQUEST else FAILED

@@ -43,10 +43,15 @@ def ask(options: Mapping[str, Any], work: Callable[[Corral], Awaitable[T]]) -> T
         raise refusal(error) from None
 
 
+def unauthorized(error: CorralError) -> tuple[str, str]:
+    """What is wrong with the token, without what the gateway advises in its own words, and what to do here."""
+    return error.message.partition(": `corral token`")[0], "set CORRAL_TOKEN to what `corral token` prints there"
+
+
 def refusal(error: CorralError) -> CliError:
     """What the gateway refused, with what may be done about it."""
     if error.code is ErrorCode.UNAUTHORIZED:
-        return CliError(error.message, "set CORRAL_TOKEN to what `corral token` prints there", code=NO_GATEWAY)
+        return CliError(*unauthorized(error), code=NO_GATEWAY)
     if error.code in POLICY_CODES:
         return CliError(f"{error.code}: {error.message}", code=REFUSED)
     message, remedy = at_a_terminal(error.message), ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from corral.cli import completing
 from corral.cli.common import cwd_option, data_dir_option, settings_from
 from corral.cli.find import find_gateway, load_client, no_gateway, url_option
 
@@ -16,9 +17,10 @@ from corral.cli.find import find_gateway, load_client, no_gateway, url_option
 @click.option(
     "--session",
     metavar="NAME",
+    shell_complete=completing.sessions,
     help="Go on in the session of this id or title, or make one of this name. [default: new]",
 )
-@click.option("--agent", metavar="ID", help="Which agent. [default: the session's]")
+@click.option("--agent", metavar="ID", shell_complete=completing.agents, help="Which agent. [default: the session's]")
 @cwd_option
 @click.option("--model", metavar="PROVIDER:NAME", help="Which model. [default: the agent's, else the gateway's]")
 @click.option("--mode", type=click.Choice(["local", "cloud"]), help="Where the session's tools run from now on.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from corral.cli import USAGE, CliError
+from corral.cli import USAGE, CliError, completing
 from corral.config import ConfigError, Settings, ensure_data_dir, load_settings
 
 data_dir_option = click.option(
@@ -22,6 +22,7 @@ data_dir_option = click.option(
 cwd_option = click.option(
     "--cwd",
     metavar="DIR",
+    shell_complete=completing.folders,
     help="The folder that a new session works in, inside one of the gateway's `roots`. [default: the workspace's own]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

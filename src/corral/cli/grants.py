@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import OK, Group
+from corral.cli import OK, Group, completing
 from corral.cli.approvals import print_json, reached
 from corral.cli.calling import ask
 from corral.cli.columns import fold, width
@@ -46,7 +46,7 @@ def list_(**options: Any) -> int:
 
 
 @command.command()
-@click.argument("grant_id", metavar="ID")
+@click.argument("grant_id", metavar="ID", shell_complete=completing.grants)
 @reached
 def revoke(grant_id: str, **options: Any) -> int:
     """Take a grant back: from the next call on a person is asked again.

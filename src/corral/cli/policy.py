@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import FAILED, OK, USAGE, CliError, Group
+from corral.cli import FAILED, OK, USAGE, CliError, Group, completing
 from corral.cli.approvals import print_json, reached
 from corral.cli.calling import ask
 from corral.cli.columns import fold, width
@@ -67,7 +67,9 @@ _ARGUMENTS = {
 
 
 def _layered(function: Callable[..., Any]) -> Callable[..., Any]:
-    function = click.option("--agent", metavar="ID", help="The layer of this agent.")(function)
+    function = click.option("--agent", metavar="ID", shell_complete=completing.agents, help="The layer of this agent.")(
+        function
+    )
     return click.option(
         "--layer",
         type=click.Choice(["tenant", "workspace", "agent"]),
@@ -111,7 +113,13 @@ def show(**options: Any) -> int:
 @command.command("set")
 @click.argument("key", required=False)
 @click.argument("value", required=False)
-@click.option("--file", "file", metavar="FILE", help="Let the layer say what this file says, and nothing else.")
+@click.option(
+    "--file",
+    "file",
+    metavar="FILE",
+    shell_complete=completing.files,
+    help="Let the layer say what this file says, and nothing else.",
+)
 @_layered
 @reached
 def set_(key: str | None, value: str | None, **options: Any) -> int:
@@ -190,7 +198,7 @@ def edit(**options: Any) -> int:
 
 
 @command.command()
-@click.argument("file")
+@click.argument("file", shell_complete=completing.files)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def test(file: str, as_json: bool) -> int:
     """Check a policy file and its own examples, without a gateway.
@@ -223,10 +231,17 @@ def test(file: str, as_json: bool) -> int:
 
 
 @command.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.argument("tool")
+@click.argument("tool", shell_complete=completing.tools)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-@click.option("--session", metavar="ID", help="As a call in this session. [default: one without an id]")
-@click.option("--agent", metavar="ID", help="As a call of this agent. [default: the session's]")
+@click.option(
+    "--session",
+    metavar="ID",
+    shell_complete=completing.sessions,
+    help="As a call in this session. [default: one without an id]",
+)
+@click.option(
+    "--agent", metavar="ID", shell_complete=completing.agents, help="As a call of this agent. [default: the session's]"
+)
 @reached
 def explain(tool: str, args: tuple[str, ...], **options: Any) -> int:
     """Say what would happen with a call, and why, without it happening.

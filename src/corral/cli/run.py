@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import USAGE, CliError
+from corral.cli import USAGE, CliError, completing
 from corral.cli.common import check_tool_name, cwd_option, data_dir_option, settings_from, unknown_tools
 from corral.cli.find import find_gateway, load_client, no_gateway, url_option
 
@@ -24,13 +24,22 @@ RECONNECT_FOR = 300.0
 @click.command()
 @click.argument("text")
 @click.option(
-    "--session", metavar="NAME", help="Go on in the session of this id or title, or make one of this id. [default: new]"
+    "--session",
+    metavar="NAME",
+    shell_complete=completing.sessions,
+    help="Go on in the session of this id or title, or make one of this id. [default: new]",
 )
-@click.option("--agent", metavar="ID", help="Which agent. [default: the session's]")
+@click.option("--agent", metavar="ID", shell_complete=completing.agents, help="Which agent. [default: the session's]")
 @cwd_option
 @click.option("--model", metavar="PROVIDER:NAME", help="Which model. [default: the agent's, else the gateway's]")
 @click.option("--mode", type=click.Choice(["local", "cloud"]), help="Where the session's tools run from now on.")
-@click.option("--allow", metavar="TOOL", multiple=True, help="First allow a tool in this workspace; may be repeated.")
+@click.option(
+    "--allow",
+    metavar="TOOL",
+    multiple=True,
+    shell_complete=completing.tools,
+    help="First allow a tool in this workspace; may be repeated.",
+)
 @click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0.001), help="How long the run may take.")
 @click.option("--json", "as_json", is_flag=True, help="Print the events, one JSON frame a line, and nothing else.")
 @url_option

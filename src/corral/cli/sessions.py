@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from corral.cli import OK, USAGE, CliError, Group
+from corral.cli import OK, USAGE, CliError, Group, completing
 from corral.cli.common import data_dir_option, json_option
 from corral.cli.find import url_option
 
@@ -36,7 +36,7 @@ def command() -> None:
 
 @command.command("list")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many, at most.")
-@click.option("--agent", metavar="ID", help="Only this agent's.")
+@click.option("--agent", metavar="ID", shell_complete=completing.agents, help="Only this agent's.")
 @json_option
 @_reached
 def list_(**options: Any) -> int:
@@ -58,7 +58,7 @@ def list_(**options: Any) -> int:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.sessions)
 @json_option
 @_reached
 def show(name: str, **options: Any) -> int:
@@ -124,7 +124,7 @@ def _compactions(session: Session) -> str:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.sessions)
 @click.option(
     "--format",
     "form",
@@ -139,6 +139,7 @@ def _compactions(session: Session) -> str:
     "--output",
     metavar="FILE",
     default="-",
+    shell_complete=completing.files,
     help="Where to; the file must not be there yet. [default: standard output]",
 )
 @_reached
@@ -229,7 +230,7 @@ def _opened(path: str) -> TextIO:
 
 
 @command.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.sessions)
 @click.argument("title")
 @json_option
 @_reached
@@ -260,7 +261,7 @@ def rename(name: str, title: str, **options: Any) -> int:
 
 
 @command.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=completing.sessions)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @_reached

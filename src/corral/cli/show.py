@@ -232,7 +232,7 @@ class Transcript:
 
 def usage_words(usage: Usage) -> str:
     """Tokens and, where the price is known, the cost."""
-    cost = "" if not usage.cost_usd else f", ${usage.cost_usd:.4f}"
+    cost = "" if not usage.cost_usd else f", ${usage.cost_usd:.4f}" if usage.cost_usd >= 0.0001 else ", under $0.0001"
     return f"{usage.input_tokens} tokens in, {usage.output_tokens} out{cost}"
 
 

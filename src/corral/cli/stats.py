@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import OK
+from corral.cli import OK, completing
 from corral.cli.calling import ask
 from corral.cli.common import data_dir_option
 from corral.cli.find import url_option
@@ -32,7 +32,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     "--from", "from_", metavar="TIME", help="From this time on: RFC 3339, a day, or so long ago, like 2h or 7d."
 )
 @click.option("--to", metavar="TIME", help="Before this time. [default: now]")
-@click.option("--agent", metavar="ID", help="Only runs of this agent.")
+@click.option("--agent", metavar="ID", shell_complete=completing.agents, help="Only runs of this agent.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @data_dir_option
 @url_option

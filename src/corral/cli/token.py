@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli import OK, USAGE, CliError, Group
+from corral.cli import OK, USAGE, CliError, Group, completing
 from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import url_option
 from corral.config import ConfigError, ensure_token
@@ -109,7 +109,7 @@ def list_(ctx: click.Context, /, **options: Any) -> int:
 
 
 @command.command()
-@click.argument("token_id", metavar="ID")
+@click.argument("token_id", metavar="ID", shell_complete=completing.tokens)
 @_json
 @url_option
 @data_dir_option
