@@ -284,6 +284,14 @@ async def test_completion_says_nothing_where_no_gateway_runs(tmp_path: Path) -> 
     assert (out.strip(), err) == ("", "")
 
 
+@pytest.mark.parametrize("arguments", [("sessions", "list"), ("audit", "verify")])
+async def test_a_token_that_is_not_good_is_told_with_one_remedy(arguments: tuple[str, ...], demo: Gateway) -> None:
+    code, out, err = await call(*arguments, data_dir=demo.data_dir, env={"CORRAL_TOKEN": "x" * 40})
+    assert (code, out) == (4, "")
+    assert err.count("corral token") == 1, err
+    assert "set CORRAL_TOKEN" in err
+
+
 async def test_what_fish_is_told_of_a_word_may_have_a_comma() -> None:
     _, out, _ = await call("completion", "fish")
     assert 'string split --max 1 ","' in out
