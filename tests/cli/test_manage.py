@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from corral.cli import checks
 from corral.cli.columns import cells
+from corral.models.library import MISSING
 from tests.cli.command import call, on_a_terminal
 from tests.cli.terminal import CTRL_C, ENTER, at_a_terminal
 from tests.support import needs
@@ -232,6 +234,12 @@ async def test_the_doctor_times_the_model_and_tells_a_dead_one(tmp_path: Path, m
     _, checks = await _doctor(*arguments, "--offline", data_dir=tmp_path, env={"OPENAI_BASE_URL": model.base_url})
     assert checks["model"]["state"] == "note"
     assert len(model.requests) == asked
+
+
+def test_the_doctor_sends_nobody_to_a_server_for_a_library_that_is_not_installed() -> None:
+    said = MISSING.format(name="google")
+    assert checks._remedy("google:m", said).startswith("install it")
+    assert "GOOGLE_API_KEY" in checks._remedy("google:m", "403")
 
 
 async def test_the_doctor_tells_how_to_get_a_sandbox(tmp_path: Path) -> None:

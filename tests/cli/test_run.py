@@ -157,7 +157,7 @@ async def test_long_arguments_are_cut_and_long_results_folded(demo: Gateway) -> 
     assert code == 0
     lines = err.splitlines()
     assert [line for line in lines[:-1] if len(line) > 60] == []
-    assert any("35 more lines" in line for line in lines)
+    assert any("35 more lines: `corral sessions export` has them" in line for line in lines)
     assert sum("line " in line for line in lines) == 5
 
 

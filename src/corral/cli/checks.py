@@ -291,7 +291,8 @@ async def _asked(settings: Settings) -> Check:
                 if isinstance(event, TextDelta | Finished) and first is None:
                     first = time.monotonic() - began
     except CorralError as error:
-        return missing("model", f"{settings.model} does not answer: {error.message}", _remedy(settings.model))
+        remedy = _remedy(settings.model, error.message)
+        return missing("model", f"{settings.model} does not answer: {error.message}", remedy)
     except TimeoutError:
         return missing("model", f"{settings.model} does not answer in time", _remedy(settings.model))
     finally:
@@ -302,7 +303,9 @@ async def _asked(settings: Settings) -> Check:
     )
 
 
-def _remedy(model: str) -> str:
+def _remedy(model: str, said: str = "") -> str:
+    if "library that is not installed" in said:
+        return "install it, or name another model with --model"
     kind = parse(model).kind
     variables = [*kind.url_variables[:1], *kind.key_variables[:1]]
     return f"check {' and '.join(variables)} and that the server runs, or name another model with --model"

@@ -91,7 +91,7 @@ async def _run(options: dict[str, Any], text: str, address: Callable[[], tuple[s
     from corral.cli.turn import Turn, exit_code
     from corral.client import Corral
 
-    show = Transcript()
+    show = Transcript(unfold=": `corral sessions export` has them", unfold_cut="")
     url, token = address()
     async with Corral(
         url,

@@ -39,11 +39,14 @@ def colours(stream: TextIO) -> bool:
 class Transcript:
     """Shows the events of runs as they come. One instance for one terminal."""
 
-    def __init__(self, out: TextIO = sys.stdout, err: TextIO = sys.stderr, *, unfold: str = "") -> None:
-        """`unfold` says how to see what is folded."""
+    def __init__(
+        self, out: TextIO = sys.stdout, err: TextIO = sys.stderr, *, unfold: str = "", unfold_cut: str | None = None
+    ) -> None:
+        """`unfold` says how to see what is folded, `unfold_cut` how where the journal too has only a part of it."""
         self._out = out
         self._err = err
         self._unfold = unfold
+        self._unfold_cut = unfold if unfold_cut is None else unfold_cut
         self._question = False
         self.asked = False
         """Whether calls that need approval are shown by whoever asks for it."""
@@ -137,8 +140,8 @@ class Transcript:
         for line in shown:
             self._say(self._paint(f"  {cut(line, width() - 2)}", "dim"))
         if len(shown) < len(lines):
-            more = " and what was cut out" if result.truncated else ""
-            self._say(self._paint(f"  … {len(lines) - len(shown)} more lines{more}{self._unfold}", "dim"))
+            more = f" and what was cut out{self._unfold_cut}" if result.truncated else self._unfold
+            self._say(self._paint(f"  … {len(lines) - len(shown)} more lines{more}", "dim"))
         if result.status != "success":
             error = result.error.code if result.error is not UNSET else result.status
             # How long a call ran whose gateway died may be unknown.
