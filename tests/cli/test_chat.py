@@ -292,6 +292,27 @@ async def test_a_chat_outlives_its_gateway(scripted: Gateway, model: ModelServer
         assert await chat.ended() == 0
 
 
+async def test_what_is_said_while_the_gateway_is_gone_is_sent_when_it_is_back(
+    scripted: Gateway, model: ModelServer
+) -> None:
+    model.set_script([Say("first"), Say("heard")])
+    async with at_a_terminal("chat", data_dir=scripted.data_dir) as chat:
+        await chat.ready()
+        chat.press("hello" + ENTER)
+        await chat.until("completed")
+        await chat.ready(2)
+        chat.press("\x1b[1;1R")  # where the cursor is, as a terminal says: without it there is no status line
+        await scripted.kill()
+        await chat.until("connection lost, trying again")
+        chat.press("again" + ENTER)
+        await chat.until("this is sent when the gateway is back")
+        await scripted.start()
+        await chat.until("heard")
+        await chat.ready(3)
+        chat.press(CTRL_D)
+        assert await chat.ended() == 0
+
+
 # ---- folders and names
 
 

@@ -132,6 +132,8 @@ class _Chat:
     async def _say(self, corral: Corral, text: str) -> None:
         if self._session is None and self._options["cwd"] is not None:
             self._session = await session_for(corral, None, self._options["cwd"], self._options["agent"])
+        if self._lost and self._edited:
+            self._show.note("this is sent when the gateway is back; Ctrl-C twice gives it up")
         await self._watch(corral, corral.run(text, session_id=self._session, **run_params(self._options)), [])
 
     async def _watch(self, corral: Corral, events: AsyncIterator[Event], waiting: list[Approval]) -> None:
