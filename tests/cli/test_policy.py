@@ -278,3 +278,24 @@ def test_arguments_are_what_the_tool_takes() -> None:
 def test_a_file_with_a_field_that_no_policy_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no field tool_default"):
         read_policy(file_of(tmp_path, {"tool_default": "deny"}))
+
+
+@pytest.mark.parametrize(
+    ("document", "place", "words"),
+    [
+        ({"toolDefault": "sometimes"}, "toolDefault", "deny, allow, approval-required"),
+        ({"tools": {"bash.exec": "yes"}}, "bash.exec", "deny, allow, approval-required"),
+        ({"bashMode": "docker"}, "bashMode", "sandbox, host"),
+    ],
+)
+async def test_a_word_that_no_policy_takes_is_told_with_those_that_it_takes(
+    document: dict[str, object], place: str, words: str, tmp_path: Path
+) -> None:
+    file = file_of(tmp_path, document)
+    code, out, err = await call("policy", "test", file)
+    assert (code, err) == (1, "0 rules, 0 examples: not good\n")
+    assert words in out
+    code, out, err = await call("policy", "set", "--file", file, data_dir=tmp_path)
+    assert (code, out) == (2, "")
+    assert place in err
+    assert words in err

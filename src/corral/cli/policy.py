@@ -138,7 +138,7 @@ def set_(key: str | None, value: str | None, **options: Any) -> int:
     """
     if (options["file"] is None) == (key is None) or (key is not None and value is None):
         raise CliError("give KEY and VALUE, or --file FILE", "for example: corral policy set highRisk deny", code=USAGE)
-    wanted = read_policy(options["file"]) if options["file"] is not None else None
+    wanted = _checked(read_policy(options["file"])) if options["file"] is not None else None
     patch = setting(key, value) if key is not None and value is not None else {}
 
     async def go(corral: Corral) -> int:
@@ -181,7 +181,7 @@ def edit(**options: Any) -> int:
             print("left as it was", file=sys.stderr)
             return OK
         keep = True
-        wanted = read_policy(str(path))
+        wanted = _checked(read_policy(str(path)))
         code = ask(options, lambda corral: _replace(corral, current, wanted, options))
         keep = False
         return code
@@ -317,6 +317,17 @@ def read_policy(name: str) -> Json:
         if field not in FIELDS + _OTHERS:
             raise _unknown(field)
     return document_of(value)
+
+
+def _checked(document: Json) -> Json:
+    """The document, if the words in it are ones that a policy takes. Raises CliError that lists them."""
+    for name, said in document.items():
+        if name in _CHOICES:
+            _check_value(name, name, said)
+    tools = document.get("tools")
+    for name, said in tools.items() if isinstance(tools, dict) else ():
+        _check_value(f"tools.{name}", "tools", said)
+    return document
 
 
 def setting(key: str, value: str) -> Json:

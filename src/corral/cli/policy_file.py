@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from corral.governance.policy_examples import check_rules
 from corral.protocol.errors import InvalidRequest
-from corral.protocol.types import PolicyDocument
+from corral.protocol.types import BashMode, BashNetwork, Decision, PolicyDocument
 
 _PLACE = "$.params.patch."
+_WORDS = {"bashMode": BashMode, "bashNetwork": BashNetwork}
+"""The fields that take other words than a decision."""
 
 
 def check(document: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +22,11 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
     try:
         checked = msgspec.convert(document, PolicyDocument)
     except msgspec.ValidationError as error:
-        result["problems"].append(str(error).replace("`", "").replace("$.", ""))
+        said = str(error).replace("`", "").replace("$.", "")
+        if said.startswith("Invalid enum value"):
+            words = get_args(_WORDS.get(said.rpartition(" at ")[2], Decision))
+            said += f": it is one of {', '.join(words)}"
+        result["problems"].append(said)
         return result
     rules, problems = checked.rules, result["problems"]
     for index, rule in enumerate(rules):
