@@ -44,27 +44,22 @@ _UPDATE_APPROVAL = update_of(t.approvals, is_(_a.tenant_id), is_(_a.id))
 _UPDATE_APPROVAL_FROM = _UPDATE_APPROVAL.where(is_(_a.status))
 _APPROVALS_OF_RUN = _APPROVAL.select().where(is_(_a.tenant_id), is_(_a.run_id)).order_by(_a.created_at, _a.id)
 _PENDING_OF_RUN = _APPROVALS_OF_RUN.where(t.PENDING)
-
-
-def _approval_page(*where: ColumnElement[bool]) -> Select[Any]:
-    return (
-        _APPROVAL.select()
-        .join(t.sessions, (_s.tenant_id == _a.tenant_id) & (_s.id == _a.session_id))
-        .where(
-            is_(_a.tenant_id),
-            *where,
-            is_(_a.status),
-            or_(_s.owner_user_id == bound("user_id", _s.owner_user_id), _s.visibility == "workspace"),
-            tuple_(_a.created_at, _a.id) < tuple_(bound("before_at", _a.created_at), bound("before_id", _a.id)),
-        )
-        .order_by(_a.created_at.desc(), _a.id.desc())
-        .limit(bindparam("b_limit"))
+_APPROVALS_SEEN = (
+    _APPROVAL.select()
+    .join(t.sessions, (_s.tenant_id == _a.tenant_id) & (_s.id == _a.session_id))
+    .where(
+        is_(_a.tenant_id),
+        is_(_a.status),
+        or_(_s.owner_user_id == bound("user_id", _s.owner_user_id), _s.visibility == "workspace"),
+        tuple_(_a.created_at, _a.id) < tuple_(bound("before_at", _a.created_at), bound("before_id", _a.id)),
     )
-
-
-_APPROVAL_PAGE = _approval_page(is_(_a.workspace_id))
-# By the session's own index: the planner would as soon go through those of the whole workspace.
-_APPROVAL_PAGE_OF_SESSION = _approval_page(is_(_a.workspace_id + "", "workspace_id"), is_(_a.session_id))
+    .order_by(_a.created_at.desc(), _a.id.desc())
+    .limit(bindparam("b_limit"))
+)
+_APPROVAL_PAGE = _APPROVALS_SEEN.where(is_(_a.workspace_id))
+# The workspace is the session's, and asked of the session: of two indexes that fit equally well SQLite takes the one
+# that was made last or first, as it happens, and that of the workspace reads past everybody else's approvals.
+_APPROVAL_PAGE_OF_SESSION = _APPROVALS_SEEN.where(is_(_a.session_id), is_(_s.workspace_id))
 _DUE = (
     _APPROVAL.select()
     .where(t.PENDING, _a.expires_at <= bound("now", _a.expires_at))
