@@ -19,7 +19,7 @@ LOCK := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo test bench chaos check format lock install setup setup-dev schema clean providers otel bench-scale soak fuzz
-.PHONY: help run demo test bench bench-recovery check format lock install setup setup-dev schema clean
+.PHONY: bench-recovery pythons
 
 help:
 	@echo "make run      set up, then start the gateway on this machine"
@@ -32,6 +32,7 @@ help:
 	@echo "make soak     does what a gateway takes under load level off? (SOAK_SECONDS=1200, SOAK_ARGS=--help)"
 	@echo "make bench-recovery  how long a start takes to take up 1,000 runs that a killed gateway left"
 	@echo "make check    format, lint, types, the order of the rooms, the published schema"
+	@echo "make pythons  a small part of the suite with each other Python that pyproject.toml claims and this machine has"
 	@echo "make format   put the sources into the house's format"
 	@echo "make schema   write docs/reference anew from the code"
 	@echo "make lock     resolve the dependencies anew into requirements/*.txt (UPGRADE=1 takes newer ones)"
@@ -73,6 +74,9 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/reference.py --check
+
+pythons: setup-dev
+	@$(BIN)/python tools/pythons.py
 
 format: setup-dev
 	$(BIN)/ruff format .
