@@ -79,6 +79,6 @@ def _words(text: str) -> Iterator[str]:
 def _cells(letter: str) -> int:
     if letter < "\u0300":
         return 1
-    if unicodedata.east_asian_width(letter) in "WF":
-        return 2
-    return 0 if unicodedata.category(letter) in ("Mn", "Me") else 1
+    from rich.cells import get_character_cell_size  # here, as most of what is shown needs none of its tables
+
+    return get_character_cell_size(letter)
