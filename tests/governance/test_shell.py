@@ -47,6 +47,18 @@ def argvs(text: str) -> list[list[str]] | None:
         ("alias", [["alias"]]),
         ("alias ls=rm\nls", None),
         ("shopt -s expand_aliases; ls", None),
+        ("printf %s -w", [["printf", "%s", "-w"]]),
+        ("printf -v PATH /w/bin; ls", None),
+        ("printf '-v' 'a[$(rm x)]' 1", None),
+        ("printf -v'a[$(rm x)]' 1", None),
+        ("test -d src && test -r x", [["test", "-d", "src"], ["test", "-r", "x"]]),
+        ("test -n x -a -v 'a[$(rm x)]'", None),
+        ("test -R 'a[$(rm x)]'", None),
+        ("echo /w/bin | read PATH", None),
+        ("wait -fp x", None),
+        ("hash -p /w/ls ls; ls", None),
+        ("enable -f ./x.so ls; ls", None),
+        ("trap 'rm x' EXIT; ls", None),
         ("", None),
         (" \n ", None),
     ],
@@ -122,6 +134,32 @@ def test_no_text_of_the_longest_kind_takes_long(unit: str) -> None:
 
 
 # ---- a real shell is asked
+
+# These run what they are given, and say so by their names: a rule that allows one allows that.
+RUNS_WORDS = {"builtin", "command", "eval", "exec", "trap", "source", "."}
+ALL_OF_THEM = """
+while IFS= read -r -d "" text; do (eval "$text") </dev/null >/dev/null 2>&1; done
+"""
+
+
+def test_no_builtin_runs_what_stands_in_a_quoted_word_of_a_simple_text(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    builtins = subprocess.run([bash, "-c", "compgen -b"], capture_output=True, text=True, check=True).stdout.split()
+    letters = [chr(code) for code in (*range(ord("A"), ord("Z") + 1), *range(ord("a"), ord("z") + 1))]
+    texts = [
+        f"{name} {option}'a[$(: >{{mark}})]'{more}"
+        for name in builtins
+        if name not in {"suspend", *RUNS_WORDS}  # the one stops who asks
+        for option in ("", *(f"-{letter} " for letter in letters))
+        for more in ("", " x")
+    ]
+    given = "".join(text.format(mark=number) + "\0" for number, text in enumerate(texts))
+    subprocess.run([bash, "--noprofile", "--norc", "-c", ALL_OF_THEM], input=given.encode(), cwd=tmp_path, check=False)
+    ran = {int(name) for name in os.listdir(tmp_path) if name.isdigit()}
+    assert {texts[number].split()[0] for number in ran} >= {"printf", "test", "read", "let"}
+    assert [texts[number] for number in sorted(ran) if parse(texts[number].format(mark=number)).simple] == []
+
 
 NAMES = ["ls", "git", "x.y", "b-c", "Größe", "1"]
 PLAIN = st.text("abzABZ019_-./:,@%+=^éß日", min_size=1, max_size=6)

@@ -81,8 +81,12 @@ _RESERVED = _DECLARING | {
     *("if", "then", "else", "elif", "fi", "case", "esac", "for", "select", "while", "until", "do", "done", "in"),
     *("function", "time", "coproc"),
 }
+# Builtins that take the name of a variable evaluate it: `read 'a[$(rm x)]'` runs `rm x`, quoted as it is, and
+# `printf -v PATH x; ls` decides which `ls` it is. Some do so with an option alone.
+_EVALUATING = frozenset({"read", "mapfile", "readarray", "let", "getopts", "compgen"})
+_EVALUATING_OPTIONS = {"printf": re.compile("-v"), "test": re.compile("-[vR]$"), "wait": re.compile("-[a-zA-Z]*p")}
 # These change how the shell reads what follows: with anything beside them the words are not certain.
-_REREADING = frozenset({"alias", "unalias", "set", "shopt"})
+_REREADING = frozenset({"alias", "unalias", "set", "shopt", "enable", "hash", "trap"})
 _HARMLESS_SET = re.compile(r"-[eux]+|-[eux]*o|pipefail")
 
 
@@ -120,6 +124,8 @@ def _scan(text: str) -> list[list[str]] | None:
         return None
     if len(commands) > 1 and any(_changes_reading(each) for each in commands):
         return None
+    if any(_evaluates(each) for each in commands):
+        return None
     return commands
 
 
@@ -134,6 +140,15 @@ def _characters_allowed(text: str) -> bool:
 
 def _can_be_name(word: str) -> bool:
     return _NAME.fullmatch(word) is not None and word not in _RESERVED
+
+
+def _evaluates(words: list[str]) -> bool:
+    """Whether a builtin would take one of its words for more than text: a variable to be set or looked at."""
+    if words[0] in _EVALUATING:
+        return True
+    option = _EVALUATING_OPTIONS.get(words[0])
+    # Wherever it stands: `test` has its operators between operands, and only the builtin knows where options end.
+    return option is not None and any(option.match(_unquoted(word)) for word in words[1:])
 
 
 def _changes_reading(words: list[str]) -> bool:
