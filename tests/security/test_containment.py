@@ -16,6 +16,7 @@ from corral.executor.jail import Jail, has_openat2
 from corral.executor.service import Executor
 from corral.protocol.errors import ToolExecFailed
 from tests.executor.make import Bench
+from tests.support import needs
 
 SECRET = "the secret outside"
 OUTSIDE = "$.path: leads out of the session's folder"
@@ -247,6 +248,24 @@ async def test_the_data_directory_is_not_there_even_inside_the_folder(root: Path
         assert (await bench.call("file.search", pattern="secret")).output == "no matches\n"
         assert (data / "token").read_text() == SECRET
         assert os.listdir(data) == ["token"]
+    finally:
+        await executor.close()
+
+
+async def test_no_command_moves_the_data_directory_to_where_the_next_one_sees_it(root: Path) -> None:
+    needs.bubblewrap()
+    data = root / "deep" / "er" / "corral"
+    data.mkdir(parents=True)
+    (data / "token").write_text(SECRET)
+    executor = Executor(data_dir=data)
+    bench = Bench(executor, root)
+    try:
+        for command in ("mv deep moved", "mv deep/er deep/moved", "mv deep/er moved", "mv deep/er/corral moved"):
+            await bench.bash(command)
+            assert SECRET not in (await bench.bash("cat */token */*/token */*/*/token")).output, command
+            assert (await bench.call("file.search", pattern="secret")).output == "no matches\n"
+        assert (data / "token").read_text() == SECRET
+        assert (await bench.bash("echo x > deep/er/new && mv deep/er/new deep/new && cat deep/new")).output == "x\n"
     finally:
         await executor.close()
 

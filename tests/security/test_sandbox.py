@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import shutil
 import socket
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from corral.executor.sandbox import LIMITS, command_line, environment
+from corral.executor.sandbox import LIMITS, TMP_BYTES, command_line, environment
 from corral.executor.service import Executor
+from corral.executor.syscalls import sandbox_filter
 from tests.executor.make import Bench, ReadyBench
 from tests.support import needs
 
@@ -51,7 +53,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 GOLDEN = """/usr/bin/bwrap --unshare-user --uid 65534 --gid 65534
 --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --unshare-net
 --hostname corral --new-session --die-with-parent --cap-drop ALL --disable-userns
---json-status-fd 3 --block-fd 4
+--json-status-fd 3 --block-fd 4 --seccomp 6
 --ro-bind /usr /usr --symlink usr/bin /bin --ro-bind /lib /lib
 --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ca-certificates /etc/ca-certificates
 --ro-bind-try /etc/crypto-policies /etc/crypto-policies --ro-bind-try /etc/group /etc/group
@@ -63,9 +65,10 @@ GOLDEN = """/usr/bin/bwrap --unshare-user --uid 65534 --gid 65534
 --ro-bind-try /etc/pki/tls/certs /etc/pki/tls/certs --ro-bind-try /etc/pki/tls/openssl.cnf /etc/pki/tls/openssl.cnf
 --ro-bind-try /etc/protocols /etc/protocols --ro-bind-try /etc/services /etc/services
 --ro-bind-try /etc/ssl/certs /etc/ssl/certs --ro-bind-try /etc/ssl/openssl.cnf /etc/ssl/openssl.cnf
---dev /dev --size 1073741824 --tmpfs /dev/shm --proc /proc --remount-ro /proc
+--dev /dev --size 1073741824 --tmpfs /dev/shm --remount-ro /dev
+--proc /proc --remount-ro /proc
 --size 1073741824 --tmpfs /tmp --dir /tmp/home
---bind /srv/w /srv/w --tmpfs /srv/w/data --remount-ro / --chdir /srv/w --"""
+--bind /srv/w /srv/w --bind /srv/w/a /srv/w/a --bind /srv/w/a/b /srv/w/a/b --tmpfs /srv/w/a/b/data --remount-ro / --chdir /srv/w --"""
 
 
 def golden(**changes: object) -> list[str]:
@@ -76,7 +79,7 @@ def golden(**changes: object) -> list[str]:
         "version": (0, 8, 0),
         "user": 0,
         "links": [("/bin", "usr/bin"), ("/lib", None)],
-        "hidden": [Path("/srv/w/data"), Path("/srv"), Path("/srv/w-other")],
+        "hidden": [Path("/srv/w/a/b/data"), Path("/srv"), Path("/srv/w-other")],
     }
     return command_line(["prog", "--bind", "/", "a b"], **(values | changes))  # type: ignore[arg-type]
 
@@ -158,6 +161,41 @@ async def test_there_is_no_capability_and_no_way_to_gain_one(bench: Bench) -> No
     for command in ("mount -t tmpfs x /tmp", "unshare -U true", "unshare -n true", "chroot / true", "mknod n c 1 3"):
         if shutil.which(command.split()[0]):
             assert (await bench.bash(command)).status == "failed", command
+
+
+async def test_no_file_of_the_folder_becomes_the_gateways_user_for_who_starts_it(bench: Bench) -> None:
+    if not sandbox_filter():
+        pytest.skip("no filter for this machine")
+    tries = [
+        "touch a; chmod 4755 a",
+        "touch b; chmod 755 b; chmod g+s b",
+        "cp /usr/bin/env c; chmod u+s c",
+        "install -m 4755 /usr/bin/env d",
+    ]
+    if Path("/usr/bin/python3").exists():
+        code = "import os; os.open('e', os.O_CREAT | os.O_WRONLY, 0o4755)"
+        tries += [f'python3 -c "{code}"', "python3 -c \"import os; os.mknod('f', 0o104755)\""]
+    for command in tries:
+        assert (await bench.bash(command)).status == "failed", command
+    assert [path.name for path in bench.root.iterdir() if path.stat().st_mode & 0o6000] == []
+    assert (await bench.bash("touch g; chmod 755 g; mkdir -m 1777 h; umask 0; touch i; test -x g")).status == "success"
+
+
+async def test_the_keys_that_the_kernel_keeps_for_the_gateways_user_are_not_reached(bench: Bench) -> None:
+    numbers = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine)
+    if not sandbox_filter() or numbers is None or not Path("/usr/bin/python3").exists():
+        pytest.skip("no filter for this machine, or no /usr/bin/python3 to ask with")
+    # keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_USER_KEYRING, 0)
+    code = f"import ctypes; print(ctypes.CDLL(None, use_errno=True).syscall({numbers}, 0, -4, 0), ctypes.get_errno())"
+    assert (await bench.bash(f'python3 -c "{code}"')).output == f"-1 {errno.ENOSYS}\n"
+
+
+async def test_no_file_system_in_memory_is_without_a_bound(bench: Bench) -> None:
+    for folder in ("/dev", "/dev/pts", "/", "/etc", "/proc"):
+        assert (await bench.bash(f"echo x > {folder}/file")).status == "failed", folder
+    sizes = (await bench.bash("echo x > /dev/shm/file && df --output=size -k /dev/shm /tmp")).output.split()[1:]
+    assert [int(size) * 1024 for size in sizes] == [TMP_BYTES, TMP_BYTES]
+    assert (await bench.bash("echo x > /dev/null && head -c 1 /dev/zero > /dev/full")).output.count("No space") == 1
 
 
 async def test_the_user_is_not_root_and_files_are_the_gateways(bench: Bench) -> None:

@@ -18,7 +18,8 @@ server forks a *supervisor*, which reads what to run from the call's own control
 and answers on it. The control socket's end, for whatever reason, means: kill everything.
 
 Messages on the control socket are JSON behind a four-byte big-endian length.
-Request:  {"argv": [str], "env": {str: str}, "cwd": str, "limits": {"NPROC": int, …}, "sandbox": bool, "held": bool}
+Request:  {"argv": [str], "env": {str: str}, "cwd": str, "limits": {"NPROC": int, …}, "sandbox": bool, "held": bool,
+           "filter": HEX}
 Then, for a held one, once: {"text": str}
 Answer:   {"exit": int|null, "error": int|null, "started": bool, "given": bool, "leftover": ["PID: COMMAND"]}
 `exit` is the status as a shell gives it (128 + signal); `error` an errno of execve or of what
@@ -46,6 +47,8 @@ GO_FD = 4
 """Where bubblewrap is told to write its status and to wait for the go-ahead; see `sandbox.py`."""
 HELD_FD = 5
 """Where a held sandbox reads its command."""
+FILTER_FD = 6
+"""Where bubblewrap reads its filter of system calls."""
 
 
 def serve(connection: socket.socket) -> None:
@@ -126,15 +129,20 @@ class Job:
 
     def start(self) -> int:
         """Fork and exec; 0, or the errno of what failed. The program has begun when this returns."""
-        passed = list(self.descriptors)
-        status_write = go_read = held_read = -1
+        passed = dict(enumerate(self.descriptors, 1))
+        status_write = go_read = held_read = filter_read = -1
         if self.request["sandbox"]:
             self.status_read, status_write = os.pipe()
             go_read, self.go_write = os.pipe()
-            passed = [*self.descriptors[:2], status_write, go_read, *self.descriptors[2:]]
+            passed |= {STATUS_FD: status_write, GO_FD: go_read}
         if self.request["held"]:
             held_read, self.held_write = os.pipe()
-            passed.append(held_read)
+            passed[HELD_FD] = held_read
+        if self.request["filter"]:
+            filter_read, filter_write = os.pipe()
+            os.write(filter_write, bytes.fromhex(self.request["filter"]))  # some hundred bytes: the pipe takes them
+            os.close(filter_write)
+            passed[FILTER_FD] = filter_read
         report_read, report_write = os.pipe()
         try:
             self.pid = os.fork()
@@ -149,7 +157,7 @@ class Job:
                 os.write(report_write, b"22")
             finally:
                 os._exit(127)
-        for descriptor in (report_write, status_write, go_read, held_read):
+        for descriptor in (report_write, status_write, go_read, held_read, filter_read):
             if descriptor >= 0:
                 os.close(descriptor)
         # Ends without a byte when execve closed the other end.
@@ -159,15 +167,15 @@ class Job:
             os.waitpid(self.pid, 0)
         return int(failed or 0)
 
-    def become(self, passed: list[int], report: int) -> None:
+    def become(self, passed: dict[int, int], report: int) -> None:
         """In the child: set everything up and become the program."""
         os.setsid()
         # First out of the way of the numbers they shall have, then onto them. All others close at execve.
-        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 100) for descriptor in passed]
+        high = {number: fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 100) for number, descriptor in passed.items()}
         report_high = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, 100)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        for number, descriptor in enumerate(high, 1):
+        for number, descriptor in high.items():
             os.dup2(descriptor, number)
         for number in signal.valid_signals():
             if number not in (signal.SIGKILL, signal.SIGSTOP):

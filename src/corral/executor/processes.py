@@ -46,7 +46,8 @@ class Program(Struct, kw_only=True, frozen=True):
 
     `sandbox` says that it is bubblewrap and takes part in its start-up handshake. `descriptor`, if
     there is one, is the program's descriptor 3; the caller keeps its own and closes it. `held` is a
-    sandbox that is set up and then waits to be told its command: for `Processes.prepare`.
+    sandbox that is set up and then waits to be told its command: for `Processes.prepare`. `system_calls` is a
+    sandbox's filter (`syscalls.py`).
     """
 
     argv: list[str]
@@ -56,6 +57,7 @@ class Program(Struct, kw_only=True, frozen=True):
     sandbox: bool = False
     descriptor: int | None = None
     held: bool = False
+    system_calls: bytes = b""
 
 
 class Ended(Struct, kw_only=True):
@@ -273,6 +275,7 @@ class Processes:
                     "limits": program.limits,
                     "sandbox": program.sandbox,
                     "held": program.held,
+                    "filter": program.system_calls.hex(),
                 },
             )
         except BaseException:

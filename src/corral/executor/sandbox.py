@@ -3,8 +3,8 @@
 What a sandboxed program has: its session's folder, writable, at its own path; `/usr` and what belongs
 to it, and a few files of `/etc`, read-only; its own `/tmp` (with its home in it), `/dev`, `/proc`;
 its own PID, IPC, UTS, cgroup, user and (unless policy says otherwise) network namespace; no
-capability, no way to gain one; an environment made here. What it has not: other folders, Corral's
-data directory, the host's `/run`, `/var`, `/home`, `/root`, the gateway's environment.
+capability, no way to gain one, a filter on system calls (`syscalls.py`); an environment made here. What it has
+not: other folders, Corral's data directory, the host's `/run`, `/var`, `/home`, `/root`, the gateway's environment.
 
 When the gateway is root, so is, for the kernel, the sandboxed program: bubblewrap can map one
 user only, and it must be the one that owns the session's folder. It is shown as `nobody` and has
@@ -29,8 +29,9 @@ from pathlib import Path
 
 from msgspec import structs
 
-from corral.executor.launcher import GO_FD, HELD_FD, STATUS_FD
+from corral.executor.launcher import FILTER_FD, GO_FD, HELD_FD, STATUS_FD
 from corral.executor.processes import LauncherLost, Processes, Program
+from corral.executor.syscalls import sandbox_filter
 from corral.protocol.errors import SandboxUnavailable
 from corral.protocol.types import BashNetwork
 
@@ -125,11 +126,12 @@ def command_line(
     user: int,
     links: Sequence[tuple[str, str | None]],
     hidden: Sequence[Path] = (),
+    filtered: bool = True,
 ) -> list[str]:
     """The whole argv, bubblewrap first. `command` is given to execve as it is, element by element.
 
     `version` is bubblewrap's; `user` the gateway's user id; `hidden` are folders that stay invisible
-    even where they lie within `root`.
+    even where they lie within `root`; `filtered` says that a filter of system calls comes on FILTER_FD.
     """
     argv = [bwrap, "--unshare-user"]
     if user == 0:
@@ -142,6 +144,8 @@ def command_line(
         # No user namespaces within: they are where most local kernel exploits begin.
         argv.append("--disable-userns")
     argv += ["--json-status-fd", str(STATUS_FD), "--block-fd", str(GO_FD)]
+    if filtered:
+        argv += ["--seccomp", str(FILTER_FD)]
     argv += ["--ro-bind", "/usr", "/usr"]
     for name, target in links:
         argv += ["--ro-bind", name, name] if target is None else ["--symlink", target, name]
@@ -150,11 +154,18 @@ def command_line(
     if network == "host":
         argv += ["--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf"]
     size = ["--size", str(TMP_BYTES)] if version >= (0, 7) else []
-    argv += ["--dev", "/dev", *size, "--tmpfs", "/dev/shm", "--proc", "/proc", "--remount-ro", "/proc"]  # noqa: S108
+    # /dev itself is a file system in memory without a bound: only what is mounted in it may be written.
+    argv += ["--dev", "/dev", *size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]  # noqa: S108
+    argv += ["--proc", "/proc", "--remount-ro", "/proc"]
     argv += [*size, "--tmpfs", "/tmp", "--dir", "/tmp/home"]  # noqa: S108
     argv += ["--bind", str(root), str(root)]
     for folder in hidden:
         if folder != root and folder.is_relative_to(root):
+            # A folder above it that is no mount could be renamed, by which the next call's sandbox would show it
+            # under its new name.
+            above = [parent for parent in folder.parents if parent.is_relative_to(root) and parent != root]
+            for parent in reversed(above):
+                argv += ["--bind", str(parent), str(parent)]
             argv += ["--tmpfs", str(folder)]
     # Everything has been put where it belongs: the base (parents of the session's folder) is closed.
     argv += ["--remount-ro", "/", "--chdir", str(root), "--", *command]
@@ -189,6 +200,7 @@ class Sandbox:
         """`search_path` is where bubblewrap is looked for (default: the gateway's PATH)."""
         self._processes = processes
         self._env = environment(environ)
+        self._filter = sandbox_filter()
         self._hidden = tuple(hidden)
         self._search_path = environ.get("PATH") if search_path is None else search_path
         self._found: tuple[str, tuple[int, ...]] | None = None
@@ -256,8 +268,9 @@ class Sandbox:
             user=os.getuid(),
             links=usr_links(),
             hidden=self._hidden,
+            filtered=bool(self._filter),
         )
-        return Program(argv=argv, env=self._env, cwd="/", limits=LIMITS, sandbox=True)
+        return Program(argv=argv, env=self._env, cwd="/", limits=LIMITS, sandbox=True, system_calls=self._filter)
 
 
 _REMEDY = (
