@@ -237,6 +237,7 @@ async def test_an_approval_is_void_when_the_sandbox_that_it_was_given_for_has_ch
         assert not (workspace(home) / "a.txt").exists()
 
 
+AGAIN = conversation([WRITE, Say("done"), WRITE, Say("done"), WRITE, Say("done")])
 TWICE = conversation(
     [
         WRITE,
@@ -342,6 +343,28 @@ async def test_under_four_eyes_who_started_the_run_may_not_approve_its_calls(ope
         resolved = (await wire.event("approval.resolved"))["payload"]
         assert resolved["resolvedBy"] == "u_second"
         await wire.event("agent.completed")
+
+
+async def test_under_four_eyes_what_one_remembered_does_not_stand_for_the_second_pair(open_house: Open) -> None:
+    async with open_house(AGAIN, ASKS) as home, await home.wire() as wire:
+        await wire.effect("sessions.create", title="shared", visibility="workspace")
+        session = (await wire.request("sessions.list"))["items"][0]["id"]
+        own = await waiting(home, wire, sessionId=session)
+        await wire.effect("approval.resolve", approvalId=own["approvalId"], decision="approve", remember="workspace")
+        await wire.event("agent.completed", runId=own["runId"])
+        await allow(home, {"fourEyes": True})
+        asked = await waiting(home, wire, sessionId=session)
+        async with await home.wire(await home.add_token("u_second", roles=["operator"])) as second:
+            await second.effect(
+                "approval.resolve", approvalId=asked["approvalId"], decision="approve", remember="workspace"
+            )
+        await wire.event("agent.completed", runId=asked["runId"])
+        third = await wire.effect("agent.run", input="go", sessionId=session)
+        call = (await wire.event("agent.tool_call", runId=third["runId"]))["payload"]
+        assert (call["decision"], call["reason"].partition(" ")[0]) == ("allow", "grant")
+        await wire.event("agent.completed", runId=third["runId"])
+        grants = (await wire.request("grants.list"))["items"]
+        assert {grant["createdBy"]: grant["uses"] for grant in grants} == {"u_owner": 0, "u_second": 1}
 
 
 async def test_who_may_not_see_the_session_cannot_tell_its_approval_from_none(open_house: Open) -> None:

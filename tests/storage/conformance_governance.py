@@ -178,6 +178,17 @@ class GrantRows:
 
         assert (await store.write(work)).id == "grant_own"
 
+    async def test_a_grant_of_somebody_else_is_found_where_ones_own_does_not_count(self, store: Store) -> None:
+        def work(tx: Transaction) -> list[str | None]:
+            tx.sessions.insert(session())
+            tx.grants.insert(grant("grant_own", session_id="s_1", created_by="u_1"))
+            found = [tx.grants.find(A, "w_1", "s_1", "bash.exec", "binding", NOW, not_by="u_1")]
+            tx.grants.insert(grant("grant_of_another", created_by="u_2"))
+            found.append(tx.grants.find(A, "w_1", "s_1", "bash.exec", "binding", NOW, not_by="u_1"))
+            return [None if row is None else row.id for row in found]
+
+        assert await store.write(work) == [None, "grant_of_another"]
+
     async def test_uses_are_counted_and_the_list_is_from_the_newest_with_revoked_ones(self, store: Store) -> None:
         rows = [grant(f"grant_{n}", created_at=NOW + n // 2) for n in range(4)]
 

@@ -590,7 +590,10 @@ READS: dict[str, Callable[[Transaction, str], Any]] = {
     ),
     "grants.get": lambda tx, t: [tx.grants.get(t, name) for name in ("grant_1", "grant_2")],
     "grants.list": lambda tx, t: tx.grants.list(t, "w_1"),
-    "grants.find": lambda tx, t: tx.grants.find(t, "w_1", "s_1", "bash.exec", "binding", NOW),
+    "grants.find": lambda tx, t: [
+        tx.grants.find(t, "w_1", "s_1", "bash.exec", "binding", NOW),
+        tx.grants.find(t, "w_1", "s_1", "bash.exec", "binding", NOW, not_by="u_nobody"),
+    ],
     "audit.get": lambda tx, t: [tx.audit.get(t, number) for number in (1, 2, 3)],
     "audit.head": lambda tx, t: tx.audit.head(t),
     "audit.last_before": lambda tx, t: tx.audit.last_before(t, "2027"),

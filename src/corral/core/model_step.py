@@ -330,7 +330,8 @@ class ModelStep:
         if verdict.decision == "allow":
             return _Ruling(each=each, verdict=verdict)
         binding = binding_of(each.spec, asked.args or {}, context, policy)
-        grant = self._deps.approvals.granted(tx, run, asked.tool, binding, self._deps.clock.now_ms())
+        now = self._deps.clock.now_ms()
+        grant = self._deps.approvals.granted(tx, run, asked.tool, binding, now, four_eyes=policy.four_eyes)
         if grant is not None:
             verdict = structs.replace(verdict, decision="allow", reason=f"grant {grant.id}: {grant.matcher}"[:500])
         return _Ruling(each=each, verdict=verdict, binding=binding)

@@ -112,7 +112,8 @@ class ToolStep:
             return False
         run, now = state.run, self._deps.clock.now_ms()
         binding = binding_of(spec, row.args, context, policy)
-        return tx.grants.find(run.tenant_id, run.workspace_id, run.session_id, row.tool_name, binding, now) is not None
+        standing = self._deps.approvals.standing
+        return standing(tx, run, row.tool_name, binding, now, four_eyes=policy.four_eyes) is not None
 
     def _unit_of_start(self, state: Loaded, context: CallContext, call: ToolRunRow):  # type: ignore[no-untyped-def]
         now = self._deps.clock.now_ms()

@@ -116,9 +116,24 @@ class Approvals:
         self._record(tx, row, "approval.required", run.actor, _Actor.USER, run.trace_id, "ok", {})
         return row
 
-    def granted(self, tx: Transaction, run: RunRow, tool_name: str, binding: str, now_ms: int) -> GrantRow | None:
-        """The standing grant that covers exactly this call, counted as used; None if there is none."""
-        grant = tx.grants.find(run.tenant_id, run.workspace_id, run.session_id, tool_name, binding, now_ms)
+    def standing(
+        self, tx: Transaction, run: RunRow, tool_name: str, binding: str, now_ms: int, *, four_eyes: bool
+    ) -> GrantRow | None:
+        """The grant that covers exactly this call, None if there is none.
+
+        Under four eyes what the person who started the run was the one to approve does not cover it: a grant
+        is their word, also when it was given for another's run or before policy wanted two.
+        """
+        not_by = run.actor if four_eyes else None
+        return tx.grants.find(
+            run.tenant_id, run.workspace_id, run.session_id, tool_name, binding, now_ms, not_by=not_by
+        )
+
+    def granted(
+        self, tx: Transaction, run: RunRow, tool_name: str, binding: str, now_ms: int, *, four_eyes: bool
+    ) -> GrantRow | None:
+        """The same, counted as used."""
+        grant = self.standing(tx, run, tool_name, binding, now_ms, four_eyes=four_eyes)
         if grant is not None:
             tx.grants.use(run.tenant_id, grant.id)
         return grant

@@ -156,6 +156,7 @@ _FIND_GRANT = (
     .order_by(_g.session_id.is_(None), _g.created_at, _g.id)
     .limit(1)
 )
+_FIND_GRANT_OF_ANOTHER = _FIND_GRANT.where(_g.created_by != bound("maker", _g.created_by))
 _UPDATE_GRANT = update_of(t.grants, is_(_g.tenant_id), is_(_g.id))
 _USE_GRANT = _UPDATE_GRANT.values(uses=_g.uses + 1)
 
@@ -176,11 +177,19 @@ class Grants(Repository):
         return _GRANT.all(self._connection.execute(_GRANTS, values))
 
     def find(
-        self, tenant_id: str, workspace_id: str, session_id: str, tool_name: str, binding: str, now_ms: int
+        self,
+        tenant_id: str,
+        workspace_id: str,
+        session_id: str,
+        tool_name: str,
+        binding: str,
+        now_ms: int,
+        *,
+        not_by: str | None = None,
     ) -> GrantRow | None:
         """A grant for exactly this tool and binding that holds in the session: its own before the workspace's.
 
-        Revoked ones and those with `expires_at` <= `now_ms` do not hold.
+        Revoked ones and those with `expires_at` <= `now_ms` do not hold, nor those that `not_by` has made.
         """
         values = {
             "b_tenant_id": tenant_id,
@@ -190,7 +199,9 @@ class Grants(Repository):
             "b_binding": binding,
             "b_now": now_ms,
         }
-        return _GRANT.one(self._connection.execute(_FIND_GRANT, values))
+        if not_by is None:
+            return _GRANT.one(self._connection.execute(_FIND_GRANT, values))
+        return _GRANT.one(self._connection.execute(_FIND_GRANT_OF_ANOTHER, {**values, "b_maker": not_by}))
 
     def use(self, tenant_id: str, grant_id: str) -> None:
         """Count one use."""
