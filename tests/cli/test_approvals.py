@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from corral.cli.tables import print_json, print_lines
 from corral.cli.visible import exact, unusual, visible
 from tests.cli.command import call, corral
 from tests.support.house import House, house
@@ -85,6 +86,19 @@ def test_visible_keeps_text_readable_and_lets_nothing_drive_the_terminal() -> No
 
 
 # ---- deciding
+
+
+def test_json_has_nothing_that_a_terminal_acts_on_and_reads_back_as_the_very_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    value = {"a\x9b2J": "\x1b[2J\x7f\u202egnp.exe\u2066", "plain": "größe 日本 🙂\n\t"}
+    print_json(value)
+    print_lines([value])
+    out = capsys.readouterr().out
+    first, second = out.rsplit("\n{", 1)
+    assert json.loads(first) == json.loads("{" + second) == value
+    assert visible(out) == out
+    assert "größe 日本 🙂" in out
 
 
 async def test_list_and_show_print_the_call_so_that_nothing_of_it_is_hidden(tmp_path: Path) -> None:

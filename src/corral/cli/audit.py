@@ -20,7 +20,7 @@ from corral.cli.common import data_dir_option, settings_from
 from corral.cli.find import find_gateway, no_gateway, url_option
 from corral.cli.show import width
 from corral.cli.times import given_time
-from corral.cli.visible import visible
+from corral.cli.visible import harmless, visible
 from corral.client import Corral, GatewayUnreachable
 from corral.protocol.errors import CorralError, ErrorCode
 
@@ -262,7 +262,7 @@ def _verify_file(options: dict[str, Any]) -> int:
 
 def _tell(result: dict[str, Any], as_json: bool, whose: str) -> int:
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(harmless(json.dumps(result, ensure_ascii=False)))
     elif result["ok"]:
         print(f"whole: {result['checked']} records, head {result['headHash']}")
         if "anchor" in result:
@@ -280,7 +280,7 @@ def _tell(result: dict[str, Any], as_json: bool, whose: str) -> int:
 
 def _show(record: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(harmless(json.dumps(record, ensure_ascii=False)), flush=True)
         return
     outcome = "" if record["outcome"] == "ok" else f" {record['outcome'].upper()}"
     about = json.dumps(record["metadata"], ensure_ascii=False) if record["metadata"] else ""

@@ -23,6 +23,7 @@ from corral.cli.run import elsewhere, run_params
 from corral.cli.show import Transcript, colours, visible, width
 from corral.cli.terminal import quiet
 from corral.cli.turn import Turn, exit_code
+from corral.cli.visible import harmless
 from corral.client import Corral, Event
 from corral.config import Settings
 from corral.protocol.errors import CorralError, SessionBusy
@@ -156,7 +157,7 @@ class _Chat:
         if isinstance(event.payload, AgentToolResult):
             self._last_call = event.payload.tool_call_id
         if self._json:
-            print(msgspec.json.encode(event).decode(), flush=True)
+            print(harmless(msgspec.json.encode(event).decode()), flush=True)
         else:
             self._show.event(event)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from typing import Any
 
+from corral.cli.visible import harmless, visible
 from corral.clock import rfc3339
 from corral.config import Settings
 from corral.tracing import WHERE
@@ -38,7 +40,18 @@ class JsonFormatter(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _FIELDS and value is not None}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return harmless(json.dumps(line, ensure_ascii=False, default=str))
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people. What is in it may come from a model or a command: it is one line, and drives no terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
+        return visible(super().formatMessage(record)).replace("\n", "\\n")
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        # Set in, so that no line of it passes for one of the log.
+        return "  " + visible(super().formatException(ei)).replace("\n", "\n  ")
 
 
 def log_to_stderr(settings: Settings) -> None:
@@ -48,5 +61,5 @@ def log_to_stderr(settings: Settings) -> None:
     if settings.log_format == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper())

@@ -14,6 +14,7 @@ import click
 from corral.cli import USAGE, CliError, completing
 from corral.cli.common import check_tool_name, cwd_option, data_dir_option, settings_from, unknown_tools
 from corral.cli.find import find_gateway, load_client, no_gateway, url_option
+from corral.cli.visible import harmless
 
 if TYPE_CHECKING:
     from corral.client import Corral, Event
@@ -140,7 +141,7 @@ def elsewhere(options: dict[str, Any]) -> str:
 def _print_json(event: Event) -> None:
     import msgspec
 
-    print(msgspec.json.encode(event).decode(), flush=True)
+    print(harmless(msgspec.json.encode(event).decode()), flush=True)
 
 
 def _tell_state(note: Callable[[str], None], state: str, reason: str) -> None:

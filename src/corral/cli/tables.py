@@ -10,18 +10,19 @@ import msgspec
 
 from corral.cli.columns import cells, cut, pad
 from corral.cli.show import colours, visible, width
+from corral.cli.visible import harmless
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output, indented for a person."""
     encoded = msgspec.json.encode(value)
-    print(msgspec.json.format(encoded, indent=2 if sys.stdout.isatty() else 0).decode())
+    print(harmless(msgspec.json.format(encoded, indent=2 if sys.stdout.isatty() else 0).decode()))
 
 
 def print_lines(values: Sequence[Any]) -> None:
     """JSON Lines: one document a line."""
     for value in values:
-        print(msgspec.json.encode(value).decode())
+        print(harmless(msgspec.json.encode(value).decode()))
 
 
 _READABLE = 16

@@ -33,6 +33,14 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda found: _written(found[0]), text)
 
 
+def harmless(document: str) -> str:
+    """A JSON document with such characters as escapes: the same document, whoever looks at it on a terminal.
+
+    JSON itself escapes C0 only; a terminal may also act on C1, and turns text for a direction mark.
+    """
+    return _CONTROLS.sub(lambda found: _json_escape(found[0]), document)
+
+
 def exact(value: Any, indent: int | None = 2) -> str:
     """`value` as JSON in which every character that cannot be seen, or seen for what it is, is written out.
 
