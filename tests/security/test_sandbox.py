@@ -347,6 +347,18 @@ async def test_a_command_that_looks_like_an_option_is_a_command(bench: Bench, mo
     assert "GNU bash, version" not in outcome.output
 
 
+async def test_git_takes_no_files_that_a_tool_may_write_for_a_repository(bench: Bench) -> None:
+    if not Path("/usr/bin/git").exists():
+        pytest.skip("no /usr/bin/git to run")
+    config = '[core]\n\trepositoryformatversion=0\n\tbare=false\n\tworktree=.\n\tfsmonitor="touch ran; false"\n'
+    for path, content in (("HEAD", "ref: refs/heads/main\n"), ("config", config), ("refs/x", ""), ("objects/x", "")):
+        await bench.call("file.write", path=path, content=content)
+    for run in (bench, bench.on(bash_mode="host")):
+        assert (await run.bash("git status")).status == "failed"
+        assert not (bench.root / "ran").exists()
+    assert (await bench.bash("cd objects && git init -q . && git status")).status == "success"
+
+
 async def test_files_of_the_workspace_are_not_configuration(bench: Bench) -> None:
     for name in (".bashrc", ".bash_profile", ".profile", ".env", ".corral", "corral.toml", "sitecustomize.py"):
         (bench.root / name).write_text("touch hooked; echo hooked\n")

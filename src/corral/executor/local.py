@@ -23,7 +23,7 @@ from corral.executor.memory import Memory
 from corral.executor.output import Result, joined
 from corral.executor.processes import Ended, LauncherLost, Prepared, Processes, Program
 from corral.executor.ready import ReadySandboxes
-from corral.executor.sandbox import LIMITS, SEARCH_PATH, Sandbox
+from corral.executor.sandbox import GIT, LIMITS, SEARCH_PATH, Sandbox
 from corral.protocol.errors import ErrorCode, LimitReached, SandboxUnavailable, ToolExecFailed
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class LocalDriver:
         self._ready = ReadySandboxes(self._processes, self._sandbox)
         self._host_env = {name: value for name, value in environ.items() if name in _HOST_ENV or name.startswith("LC_")}
         self._host_env.setdefault("PATH", SEARCH_PATH)
+        self._host_env |= GIT
         # Threads of its own: a slow disk must not use up those that the rest of the gateway shares.
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="corral-tool")
         self._files = Files(self._threads, self._processes, hidden)

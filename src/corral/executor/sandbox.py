@@ -85,6 +85,15 @@ its last argument. Without the NUL (whoever wrote died) it does not."""
 
 _PASSED = ("LANG", "LANGUAGE", "TZ")
 
+GIT = {
+    "GIT_CONFIG_COUNT": "1",
+    "GIT_CONFIG_KEY_0": "safe.bareRepository",
+    "GIT_CONFIG_VALUE_0": "explicit",
+}
+"""git takes a folder with files named HEAD and config, and folders refs and objects, for a repository, and runs what
+that config says: a `git status` that a rule allows would run what any file tool may write. With this only a `.git` is
+one, which a rule can name."""
+
 _NOBODY = "65534"
 
 
@@ -99,6 +108,7 @@ def environment(gateway: Mapping[str, str]) -> dict[str, str]:
         LOGNAME="agent",
         SHELL="/bin/sh",
         TERM="dumb",
+        **GIT,
     )
     env.setdefault("LANG", "C.UTF-8")
     return env
