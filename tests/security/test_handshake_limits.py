@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import aiohttp
 import pytest
 
 from corral.gateway.options import GatewayOptions
+from corral.gateway.strangers import Strangers
 from tests.support.house import TOKEN, House, house
 from tests.support.wire import Wire, rpc
 
@@ -42,6 +45,64 @@ async def test_silent_sockets_are_closed_at_the_deadline_and_leave_nothing(tmp_p
             await wire.close()
         await home.sockets_gone()
         assert home.server.gateway._gate._taken == {}
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"POST", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+async def test_who_never_finishes_a_request_is_cut_off_at_the_deadline(tmp_path: Path, sent: bytes) -> None:
+    async with house(tmp_path, options=GatewayOptions(connect_timeout=0.5)) as home:
+        with await opened(home) as slow:
+            slow.sendall(sent)
+            while not await over(slow, 0.1):
+                if sent.endswith(b": "):
+                    with contextlib.suppress(ConnectionError):
+                        slow.sendall(b"a")  # now and then, as if more were to come
+        assert len(strangers(home)) == 0
+
+
+async def test_of_idle_strangers_the_oldest_goes_when_there_are_too_many_and_nobody_who_is_known(
+    tmp_path: Path,
+) -> None:
+    async with house(tmp_path, options=GatewayOptions(strangers=5)) as home, await home.wire() as wire:
+        with contextlib.ExitStack() as stack:
+            known = stack.enter_context(await opened(home))
+            known.sendall(b"GET /schema/protocol.json HTTP/1.1\r\nHost: localhost\r\n")
+            known.sendall(b"Authorization: Bearer %b\r\n\r\n" % TOKEN.encode())
+            assert (await asyncio.get_running_loop().sock_recv(known, 15)) == b"HTTP/1.1 200 OK"
+            first, *rest = [stack.enter_context(await opened(home)) for _ in range(5)]
+            rest.append(stack.enter_context(await opened(home, wanted=5)))
+            while not await over(first, 0.1):
+                continue
+            assert len(strangers(home)) == 5
+            assert [await over(each, 0.01) for each in rest] == [False] * 5
+            assert (await wire.request("sessions.list"))["items"] == []
+
+
+async def opened(home: House, wanted: int | None = None) -> socket.socket:
+    """A bare connection, once the gateway counts it, or as many as `wanted`."""
+    wanted = len(strangers(home)) + 1 if wanted is None else wanted
+    host, _, port = home.url.removeprefix("http://").partition(":")
+    bare = socket.create_connection((host, int(port)))
+    bare.setblocking(False)
+    async with asyncio.timeout(30):
+        while len(strangers(home)) != wanted:  # noqa: ASYNC110 - accepting tells nobody
+            await asyncio.sleep(0.005)
+    return bare
+
+
+async def over(bare: socket.socket, seconds: float) -> bool:
+    """Whether the other side ends the connection within so many seconds, without a word."""
+    try:
+        async with asyncio.timeout(seconds):
+            assert await asyncio.get_running_loop().sock_recv(bare, 100) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+def strangers(home: House) -> Strangers:
+    return home.server.gateway._runner._strangers
 
 
 async def test_a_burst_of_honest_clients_waits_its_turn_and_all_get_in(tmp_path: Path) -> None:

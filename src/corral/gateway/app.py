@@ -29,6 +29,7 @@ from corral.gateway.peers import Peers
 from corral.gateway.published import Published
 from corral.gateway.runs import RunMethods, Runs
 from corral.gateway.sse import Streams, StreamServices
+from corral.gateway.strangers import Strangers, admitted
 from corral.gateway.subscriptions import SubscriptionMethods
 from corral.gateway.tasks import Background
 from corral.gateway.websocket import Socket
@@ -111,7 +112,8 @@ class Gateway:
             )
         )
         self._health = Health(store, clock, options, self._draining)
-        self._runner = Runner(self._application(), self._door.refusal)
+        strangers = Strangers(options.connect_timeout, options.strangers)
+        self._runner = Runner(self._application(), self._door.refusal, strangers)
 
     def _new_metrics(self, core: Runs) -> GatewayMetrics:
         return GatewayMetrics(
@@ -225,6 +227,7 @@ class Gateway:
                 close_grace=self._options.close_grace,
             )
             await socket.prepare(request)
+            admitted(request)
             connection = Connection(
                 self._services,
                 socket,

@@ -13,6 +13,7 @@ from corral.gateway.auth import Authenticator, Known, bearer_token
 from corral.gateway.dispatch import Dispatcher
 from corral.gateway.frames import error_frame
 from corral.gateway.limits import RequestLimiter, address_key
+from corral.gateway.strangers import admitted
 from corral.protocol.errors import CorralError, InternalError, RateLimited, Unauthorized
 from corral.protocol.frames import INVALID_ID
 from corral.protocol.types import Principal
@@ -66,6 +67,7 @@ class Door:
         principal, or for the address if there is none.
         """
         known = await self._authenticate(request)
+        admitted(request)
         try:
             self._limiter.known(known.principal)
         except RateLimited as error:

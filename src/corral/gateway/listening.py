@@ -6,7 +6,6 @@ stands in a header that is not quite right; and it would say its own and Python'
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from aiohttp import hdrs, web
 
 from corral.gateway.door import Refused
 from corral.gateway.limits import address_key
+from corral.gateway.strangers import Connection, Strangers
 from corral.protocol.errors import InternalError, InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -32,33 +32,35 @@ _UNREADABLE = (web.RequestPayloadError, ConnectionError)
 class Runner(web.AppRunner):
     """An application's runner whose connections answer what is no request as `refusal` makes it."""
 
-    def __init__(self, application: web.Application, refusal: Refusal) -> None:
+    def __init__(self, application: web.Application, refusal: Refusal, strangers: Strangers) -> None:
         super().__init__(application, shutdown_timeout=_SHUTDOWN_S, **_OPTIONS)
         self._refusal = refusal
+        self._strangers = strangers
 
     # aiohttp (3.14) has no public way to give an application's connections a class of one's own: `ServerRunner` takes
     # a server, but only `AppRunner` makes one of an application. A test tells when aiohttp changes what this stands on.
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(made.request_handler, made.request_factory, self._refusal)
+        return _Server(made.request_handler, made.request_factory, self._refusal, self._strangers)
 
 
 class _Server(web.Server):
-    def __init__(self, handler: Any, factory: Any, refusal: Refusal) -> None:
+    def __init__(self, handler: Any, factory: Any, refusal: Refusal, strangers: Strangers) -> None:
         super().__init__(handler, request_factory=factory, **_OPTIONS)
         self._refusal = refusal
+        self._strangers = strangers
 
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, self._refusal)
+        return _Connection(self, self._refusal, self._strangers)
 
 
-class _Connection(web.RequestHandler):
+class _Connection(Connection):
     """One connection."""
 
     __slots__ = ("_refusal",)
 
-    def __init__(self, server: web.Server, refusal: Refusal) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), **_OPTIONS)
+    def __init__(self, server: web.Server, refusal: Refusal, strangers: Strangers) -> None:
+        super().__init__(server, strangers, _OPTIONS)
         self._refusal = refusal
 
     def handle_error(
