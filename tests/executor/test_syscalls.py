@@ -1,4 +1,4 @@
-"""The filter of system calls, run by a machine of our own: for each architecture it is its kernel's numbers that count."""
+"""The filter of system calls, run by a machine of our own."""
 
 from __future__ import annotations
 

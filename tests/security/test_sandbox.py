@@ -68,7 +68,8 @@ GOLDEN = """/usr/bin/bwrap --unshare-user --uid 65534 --gid 65534
 --dev /dev --size 1073741824 --tmpfs /dev/shm --remount-ro /dev
 --proc /proc --remount-ro /proc
 --size 1073741824 --tmpfs /tmp --dir /tmp/home
---bind /srv/w /srv/w --bind /srv/w/a /srv/w/a --bind /srv/w/a/b /srv/w/a/b --tmpfs /srv/w/a/b/data --remount-ro / --chdir /srv/w --"""
+--bind /srv/w /srv/w --bind /srv/w/a /srv/w/a --bind /srv/w/a/b /srv/w/a/b
+--tmpfs /srv/w/a/b/data --remount-ro / --chdir /srv/w --"""
 
 
 def golden(**changes: object) -> list[str]:

@@ -46,10 +46,10 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     """A line for people. What is in it may come from a model or a command: it is one line, and drives no terminal."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return visible(super().formatMessage(record)).replace("\n", "\\n")
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802
+    def formatException(self, ei: Any) -> str:
         # Set in, so that no line of it passes for one of the log.
         return "  " + visible(super().formatException(ei)).replace("\n", "\n  ")
 

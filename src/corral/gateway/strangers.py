@@ -14,7 +14,7 @@ from aiohttp import web
 
 
 class Strangers:
-    """The connections of strangers, oldest first. At most `limit` of them idle: for one too many the oldest is cut off."""
+    """The connections of strangers, oldest first. At most `limit`: for one too many the oldest idle one is cut off."""
 
     def __init__(self, idle: float, limit: int) -> None:
         """`idle` is how many seconds one may go without a request that is being answered."""
