@@ -11,6 +11,7 @@ import ipaddress
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,7 +179,12 @@ def _data_dir(given: Mapping[str, Any], variables: Mapping[str, tuple[str, str]]
 def _read_toml(data_dir: Path, named: str | os.PathLike[str] | None) -> tuple[Path, dict[str, Any]]:
     path = Path(named).expanduser().absolute() if named is not None else data_dir / CONFIG_FILE
     try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            # It opens folders and lets in pages: who may write it is the owner.
+            about = os.fstat(file.fileno())
+            if about.st_mode & stat.S_IWOTH or about.st_uid not in (0, os.geteuid()):
+                raise ConfigError(f"{path} may be changed by other users: make it your own, with chmod 600")
+            return path, tomllib.loads(file.read())
     except FileNotFoundError:
         if named is None:
             return path, {}

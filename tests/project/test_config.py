@@ -59,6 +59,19 @@ def test_the_data_directory_is_the_flags_then_the_variables_then_the_platforms(t
     assert load_settings({}, {}).data_dir.name == "corral"
 
 
+def test_a_configuration_that_other_users_may_change_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, 'roots = ["/"]')
+    file = tmp_path / "corral.toml"
+    file.chmod(0o664)
+    assert load_settings({"data_dir": tmp_path}, {}).roots == [Path("/")]
+    file.chmod(0o646)
+    assert _refusal(tmp_path) == f"{file} may be changed by other users: make it your own, with chmod 600"
+    if os.geteuid() == 0:
+        file.chmod(0o600)
+        os.chown(file, 12345, 12345)
+        assert "may be changed by other users" in _refusal(tmp_path)
+
+
 def test_the_working_directory_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, data_dir = tmp_path / "here", tmp_path / "data"
     for folder in (here, data_dir):
