@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from corral.executor.facts import facts
+from tests.executor.make import Bench
 
 
 def test_paths_are_resolved_before_they_are_judged(tmp_path: Path) -> None:
@@ -31,6 +32,31 @@ def test_paths_are_resolved_before_they_are_judged(tmp_path: Path) -> None:
             if relative:
                 assert fact.value["relative"] == relative
                 assert fact.value["absolute"] == str((root / relative).resolve())
+
+
+async def test_a_write_is_judged_by_the_name_that_it_replaces_and_an_edit_by_the_file_that_it_changes(
+    bench: Bench, root: Path
+) -> None:
+    (root / "plain").write_text("old")
+    (root / "sub").mkdir()
+    for link, target in (("guarded", "plain"), ("innocent", "sub/kept"), ("folder", "sub"), ("out", "/etc/hosts")):
+        (root / link).symlink_to(target)
+    for path, place in (
+        ("guarded", "guarded"),
+        ("./sub/../guarded", "guarded"),
+        (str(root / "guarded"), "guarded"),
+        ("folder/new", "sub/new"),
+        ("out", "out"),
+        ("sub/..", "."),
+    ):
+        assert facts("file.write", {"path": path}, root).value["relative"] == place, path
+        assert facts("file.write", {"path": path}, root).value["inWorkspace"]
+    assert facts("file.edit", {"path": "guarded"}, root).value["relative"] == "plain"
+    await bench.call("file.edit", path="guarded", old="old", new="new")
+    assert (root / "plain").read_text() == "new"
+    await bench.call("file.write", path="guarded", content="mine")
+    assert (root / "plain").read_text() == "new"
+    assert not (root / "guarded").is_symlink()
 
 
 def test_a_file_tool_without_a_path_means_the_folder(tmp_path: Path) -> None:

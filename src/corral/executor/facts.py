@@ -22,7 +22,8 @@ def facts(tool_name: str, args: dict[str, Any], root: Path) -> Facts:
     Reads links on the disk; changes nothing. What is opened later is judged again when it is opened.
     """
     if tool_name in _FILE_TOOLS:
-        return _path(str(args.get("path") or "."), root)
+        # Writing replaces a name, and never follows a link in its place: it is the name that is judged.
+        return _path(str(args.get("path") or "."), root, follow=tool_name != "file.write")
     if tool_name == "http.request":
         return _url(str(args.get("url", "")))
     if tool_name == "process.exec":
@@ -30,16 +31,16 @@ def facts(tool_name: str, args: dict[str, Any], root: Path) -> Facts:
     return Facts()
 
 
-def _path(path: str, root: Path) -> Facts:
+def _path(path: str, root: Path, *, follow: bool) -> Facts:
     if "\0" in path:
         return Facts()
     try:
         real_root = Path(os.path.realpath(root))
-        absolute = Path(os.path.realpath(real_root / path))
+        absolute = _resolved(real_root / path, follow=follow)
     except (OSError, ValueError):
         return Facts()
     if Path(path).is_absolute() and not absolute.is_relative_to(real_root):
-        absolute = Path(os.path.realpath(path))
+        absolute = _resolved(Path(path), follow=follow)
     return Facts(
         kind="path",
         value={
@@ -48,6 +49,13 @@ def _path(path: str, root: Path) -> Facts:
             "inWorkspace": absolute.is_relative_to(real_root),
         },
     )
+
+
+def _resolved(path: Path, *, follow: bool) -> Path:
+    """Where a path leads; without `follow` a link at its end stays one. A `Path` ends in no slash and no dot."""
+    if follow or path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def _url(text: str) -> Facts:
