@@ -6,6 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from corral.clock import SystemClock, rfc3339
+from corral.governance import approvals
 from tests.core.conftest import OPEN_TOOLS, Open, allow
 from tests.core.test_recovery import check_journal, connected, ended, gateway
 from tests.core.test_run import workspace
@@ -185,6 +189,24 @@ async def test_silence_is_a_no(open_house: Open) -> None:
             "approval.resolve", {"approvalId": resolved["approvalId"], "decision": "approve", "idempotencyKey": "k"}
         )
         assert (late["error"]["code"], late["error"]["details"]["status"]) == ("CONFLICT", "expired")
+
+
+async def test_a_word_that_comes_too_late_is_none_though_nobody_has_written_the_expiry_down_yet(
+    open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approvals, "EXPIRY_INTERVAL_S", 3600)
+    async with open_house(ONCE, ASKS, approval_ttl_ms=500) as home, await home.wire() as wire:
+        approval = await waiting(home, wire)
+        async with asyncio.timeout(60):
+            while rfc3339(SystemClock().now_ms()) <= approval["expiresAt"]:  # noqa: ASYNC110 - time passes by itself
+                await asyncio.sleep(0.01)
+        late = await wire.call(
+            "approval.resolve", {"approvalId": approval["approvalId"], "decision": "approve", "idempotencyKey": "k"}
+        )
+        assert (late["error"]["code"], late["error"]["details"]["status"]) == ("CONFLICT", "expired")
+        (item,) = (await wire.request("approval.queue"))["items"]
+        assert (item["approvalId"], item["status"]) == (approval["approvalId"], "pending")
+        assert not (workspace(home) / "a.txt").exists()
 
 
 async def test_the_person_may_change_the_arguments_and_the_model_is_told(open_house: Open) -> None:
