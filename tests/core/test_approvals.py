@@ -367,6 +367,23 @@ async def test_under_four_eyes_who_started_the_run_may_not_approve_its_calls(ope
         await wire.event("agent.completed")
 
 
+async def test_under_four_eyes_a_person_with_two_names_is_one(open_house: Open) -> None:
+    async with open_house(AGAIN, ASKS) as home, await home.wire() as wire:
+        made = await wire.effect("tokens.create", roles=["operator"], subject="laptop")
+        async with await home.wire(made["token"]) as laptop:
+            session = (await laptop.effect("sessions.create", title="shared", visibility="workspace"))["session"]["id"]
+            first = await waiting(home, laptop, sessionId=session)
+            await wire.effect(
+                "approval.resolve", approvalId=first["approvalId"], decision="approve", remember="workspace"
+            )
+            await laptop.event("agent.completed")
+            await allow(home, {"fourEyes": True})
+            second = await waiting(home, laptop, sessionId=session)
+            params = {"approvalId": second["approvalId"], "decision": "approve", "idempotencyKey": "k"}
+            for name in (wire, laptop):
+                assert (await name.call("approval.resolve", params))["error"]["code"] == "FORBIDDEN"
+
+
 async def test_under_four_eyes_what_one_remembered_does_not_stand_for_the_second_pair(open_house: Open) -> None:
     async with open_house(AGAIN, ASKS) as home, await home.wire() as wire:
         await wire.effect("sessions.create", title="shared", visibility="workspace")

@@ -171,7 +171,9 @@ class Approvals:
         Forbidden under four eyes, PolicyDenied or InvalidRequest for edited arguments.
         """
         row = self._pending_of(tx, caller, params.approval_id)
-        if self._four_eyes(tx, row) and caller.principal.subject == row.requested_by:
+        if self._four_eyes(tx, row) and caller.principal.subject in _names_of_person(
+            tx, row.tenant_id, row.requested_by
+        ):
             raise Forbidden("policy wants four eyes: who started the run may not decide on its calls")
         approved = params.decision == "approve"
         if not approved and (params.remember is not UNSET or params.args is not UNSET):
@@ -361,6 +363,13 @@ def _count(tx: Transaction, row: ApprovalRow, now_ms: int) -> None:
         wait_ms=max(0, now_ms - row.created_at),
     )
     tx.metrics.decided(fact)
+
+
+def _names_of_person(tx: Transaction, tenant_id: str, subject: str) -> list[str]:
+    """All subjects of the user whose subject this is: one person may hold tokens under several."""
+    tokens = tx.tokens.list(tenant_id)
+    users = {token.user_id for token in tokens if token.subject == subject}
+    return sorted({subject, *(token.subject for token in tokens if token.user_id in users)})
 
 
 def approval_view(row: ApprovalRow) -> Approval:

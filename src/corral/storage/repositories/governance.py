@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import ColumnElement, Select, bindparam, delete, func, insert, or_, select, tuple_, type_coerce
+from sqlalchemy import ColumnElement, Select, bindparam, delete, exists, func, insert, or_, select, tuple_, type_coerce
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.types import Text
 
@@ -156,7 +156,18 @@ _FIND_GRANT = (
     .order_by(_g.session_id.is_(None), _g.created_at, _g.id)
     .limit(1)
 )
-_FIND_GRANT_OF_ANOTHER = _FIND_GRANT.where(_g.created_by != bound("maker", _g.created_by))
+# Somebody may hold tokens under several subjects; a subject is one user's for ever.
+_their, _own = t.tokens.alias("their"), t.tokens.alias("own")
+_FIND_GRANT_OF_ANOTHER = _FIND_GRANT.where(
+    _g.created_by != bound("maker", _g.created_by),
+    ~exists().where(
+        _their.c.tenant_id == bound("tenant_id", _their.c.tenant_id),
+        _their.c.subject == _g.created_by,
+        _own.c.tenant_id == _their.c.tenant_id,
+        _own.c.user_id == _their.c.user_id,
+        _own.c.subject == bound("maker", _own.c.subject),
+    ),
+)
 _UPDATE_GRANT = update_of(t.grants, is_(_g.tenant_id), is_(_g.id))
 _USE_GRANT = _UPDATE_GRANT.values(uses=_g.uses + 1)
 
@@ -189,7 +200,8 @@ class Grants(Repository):
     ) -> GrantRow | None:
         """A grant for exactly this tool and binding that holds in the session: its own before the workspace's.
 
-        Revoked ones and those with `expires_at` <= `now_ms` do not hold, nor those that `not_by` has made.
+        Revoked ones and those with `expires_at` <= `now_ms` do not hold, nor those that the person
+        whose subject is `not_by` has made, under whatever subject.
         """
         values = {
             "b_tenant_id": tenant_id,
