@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,33 @@ async def test_a_call_that_an_orderly_stop_broke_off_has_run_until_then(
         result = next(item["payload"] for item in items if item["event"] == "agent.tool_result")
         assert result["status"] == "interrupted"
         assert 5000 <= result["durationMs"] < 300_000
+
+
+async def test_an_allowed_call_whose_arguments_are_not_those_that_were_judged_does_not_run(tmp_path: Path) -> None:
+    needs.bubblewrap()
+    calls = [
+        ("bash_exec", {"command": "touch up; sleep 778"}),
+        ("file_write", {"path": "judged.txt", "content": "x"}),
+    ]
+    script = conversation([CallTools(calls), Say("I see.")])
+    async with ModelServer(script) as model, gateway(tmp_path, model) as running:
+        running.unchecked = "the arguments are changed in the store"
+        wire = await connected(running)
+        await wire.effect("policy.update", patch=OPEN_TOOLS)
+        await wire.effect("agent.run", input="go", sessionId="s1")
+        folder = running.data_dir / "workspaces" / "t_default" / "w_default"
+        await until_exists(folder / "up")
+        await running.kill()
+        await wire.close()
+        with contextlib.closing(sqlite3.connect(running.data_dir / "corral.db")) as database, database:
+            changed = database.execute("UPDATE tool_runs SET args = replace(args, 'judged.txt', 'other.txt')")
+            assert changed.rowcount == 2
+        await running.start()
+        async with await connected(running) as wire:
+            items = await ended(wire, "s1")
+        results = [item["payload"] for item in items if item["event"] == "agent.tool_result"]
+        assert [result["status"] for result in results] == ["interrupted", "denied"]
+        assert sorted(path.name for path in folder.iterdir()) == ["up"]
 
 
 async def test_what_was_answered_is_there_after_a_kill_as_it_was_before(tmp_path: Path) -> None:

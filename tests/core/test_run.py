@@ -347,3 +347,27 @@ async def test_a_recovery_that_comes_upon_a_run_of_its_own_process_leaves_it_to_
         await home.server.core.continue_("t_default", run["runId"], steal=True)
         await wire.event("agent.completed")
         assert "agent.resumed" not in [frame["event"] for frame in wire.durable]
+
+
+async def test_a_folder_that_has_become_a_link_or_is_no_longer_inside_the_roots_is_worked_in_no_more(
+    open_house: Open, tmp_path: Path
+) -> None:
+    roots, outside = tmp_path / "projects", tmp_path / "outside"
+    for folder in (roots / "one", roots / "two", outside):
+        folder.mkdir(parents=True)
+    (outside / "secret").write_text("the secret outside")
+    script = conversation([CallTools([("file_read", {"path": "secret"})]), Say("done")])
+    async with open_house(script, roots=[roots]) as home, await home.wire() as wire:
+        sessions = []
+        for name in ("one", "two"):
+            made = await wire.effect("sessions.create", root=str(roots / name))
+            sessions.append(made["session"]["id"])
+        (roots / "one").rmdir()
+        (roots / "one").symlink_to(outside)
+        (roots / "two").rename(roots / "moved")
+        (roots / "two").symlink_to(roots / "moved")
+        for session in sessions:
+            run = await wire.effect("agent.run", input="go", sessionId=session)
+            failed = (await wire.event("agent.failed", runId=run["runId"]))["payload"]
+            assert failed["code"] == "POLICY_DENIED"
+        assert not any("secret outside" in str(frame) for frame in wire.frames)

@@ -161,6 +161,19 @@ def test_what_is_no_file_is_refused_though_the_manifest_names_it(tmp_path: Path,
         Reader(path, NAMES)
 
 
+def test_a_file_with_holes_is_refused_whose_size_says_nothing_of_the_room_that_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    text = manifest({"token": b""})
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("token")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 50)}
+        tar.addfile(info)
+        add(tar, MANIFEST, text)
+        add(tar, SEAL, hashlib.sha256(text).hexdigest().encode())
+    with pytest.raises(Damaged, match="neither a file nor a folder"):
+        Reader(path, NAMES)
+
+
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
     path = made(tmp_path / "a.tar")
     whole = path.read_bytes()
