@@ -349,9 +349,7 @@ async def test_a_recovery_that_comes_upon_a_run_of_its_own_process_leaves_it_to_
         assert "agent.resumed" not in [frame["event"] for frame in wire.durable]
 
 
-async def test_a_folder_that_has_become_a_link_or_is_no_longer_inside_the_roots_is_worked_in_no_more(
-    open_house: Open, tmp_path: Path
-) -> None:
+async def test_a_folder_that_has_become_a_link_is_worked_in_no_more(open_house: Open, tmp_path: Path) -> None:
     roots, outside = tmp_path / "projects", tmp_path / "outside"
     for folder in (roots / "one", roots / "two", outside):
         folder.mkdir(parents=True)
