@@ -20,7 +20,7 @@ from corral.governance.shell import _parser
 from corral.protocol.types import PolicyDocument
 
 _COMMAND = "git status && git diff | head -5 && " + " && ".join(
-    f"wc -l src/part-{number}/module.py" for number in range(6)
+    f"ls -l src/part-{number}/module.py" for number in range(6)
 )
 _SESSION = {"id": "s_1", "agentId": "a_default", "runtimeMode": "local"}
 _AT_ONCE = 20
