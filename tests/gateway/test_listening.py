@@ -11,6 +11,7 @@ from aiohttp import web
 
 from corral.gateway.door import Refused
 from corral.gateway.listening import Runner
+from corral.gateway.strangers import Strangers
 
 STANDS_ON: dict[str, tuple[Callable[..., Any], str]] = {
     "making a server": (web.AppRunner._make_server, "2d5358865abd00e3"),
@@ -26,7 +27,7 @@ async def test_every_connection_of_the_gateway_is_of_its_own_class() -> None:
     def refusal(_request: web.BaseRequest, _refused: Refused) -> web.Response:
         return web.Response(status=400)
 
-    runner = Runner(web.Application(), refusal)
+    runner = Runner(web.Application(), refusal, Strangers(idle=10, limit=10))
     await runner.setup()
     try:
         assert runner.server is not None
