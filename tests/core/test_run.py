@@ -369,3 +369,23 @@ async def test_a_folder_that_has_become_a_link_is_worked_in_no_more(open_house: 
             failed = (await wire.event("agent.failed", runId=run["runId"]))["payload"]
             assert failed["code"] == "POLICY_DENIED"
         assert not any("secret outside" in str(frame) for frame in wire.frames)
+
+
+async def test_a_folder_that_the_settings_allow_no_more_is_worked_in_no_more(open_house: Open, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "note").write_text("a note")
+    script = conversation([CallTools([("file_read", {"path": "note"})]), Say("done")])
+    async with open_house(script, roots=[one, other]) as home, await home.wire() as wire:
+        first, second = [
+            (await wire.effect("sessions.create", root=str(folder)))["session"]["id"] for folder in (one, other)
+        ]
+    async with open_house(script, roots=[other]) as home, await home.wire() as wire:
+        run = await wire.effect("agent.run", input="go", sessionId=first)
+        failed = (await wire.event("agent.failed", runId=run["runId"]))["payload"]
+        assert failed["code"] == "POLICY_DENIED"
+        assert not any("a note" in str(frame) for frame in wire.frames)
+        run = await wire.effect("agent.run", input="go", sessionId=second)
+        await wire.event("agent.completed", runId=run["runId"])
+        assert any("a note" in str(frame) for frame in wire.frames)
