@@ -134,7 +134,7 @@ class Transcript:
         if result.status == "denied":
             return  # the call has said so
         lines = visible(result.output).expandtabs().splitlines()
-        if result.status == "interrupted":  # a sentence to be read, not output to be folded
+        if lines and result.status == "interrupted":  # a sentence to be read, not output to be folded
             lines = fold(" ".join(lines), max(20, width() - 2), "")
         shown = lines[:FOLDED_LINES] if len(lines) > FOLDED_LINES + 1 else lines
         for line in shown:
