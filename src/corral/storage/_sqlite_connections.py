@@ -20,8 +20,8 @@ CACHE_KIB = 16 * 1024
 JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 """Bytes that the write-ahead log's file keeps after a checkpoint; it may grow past that meanwhile."""
 
-LONG_STATEMENT = 1_000_000
-"""SQLite's steps, 10 to 20 ms of work, after which a statement need not share a core any more.
+LONG_STATEMENT = 200_000
+"""SQLite's steps, some 3 ms of work, after which a statement need not share a core any more.
 
 They are counted over all executions of a prepared statement, so that one in many short ones goes for a moment too."""
 
