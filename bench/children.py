@@ -161,7 +161,9 @@ async def start_corral(
     children: Children, data_dir: Path, model: Served | None = None, extra: Mapping[str, str] | None = None
 ) -> Corral:
     """A gateway over `data_dir`, whose runs talk to `model`; `extra` adds to its environment."""
-    env = {**(extra or {}), "CORRAL_TOKEN": secrets.token_hex(16), "CORRAL_LOG_LEVEL": "warning"}
+    # All that is measured comes from one principal, and is more than the limit for one.
+    limit = {"CORRAL_REQUESTS_PER_SECOND": "1000000"}
+    env = {**limit, **(extra or {}), "CORRAL_TOKEN": secrets.token_hex(16), "CORRAL_LOG_LEVEL": "warning"}
     if model is not None:
         env |= {"CORRAL_MODEL": "openai-chat:bench", "OPENAI_BASE_URL": f"{model.url}/v1", "OPENAI_API_KEY": "k"}
     arguments = ["-m", "corral", "serve", "--port", "0", "--data-dir", str(data_dir)]

@@ -159,6 +159,9 @@ class Peer(asyncio.Protocol):
         if counter.end and data.startswith(counter.end, start):
             counter.ended()
         if self.texts == self._target:
+            refused = data.startswith(b'{"type":"res"', start) and b'"ok":false' in data[start : start + 200]
+            if refused and self._reached is not None and not self._reached.done():
+                self._fail(data[start : start + min(size, 300)].decode())
             self._look()
 
     def _look(self) -> None:
