@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -14,7 +18,7 @@ from aiohttp import web
 from corral.executor import addresses
 from corral.executor.api import OUTPUT_LIMIT
 from corral.executor.catalogue import HttpRequest
-from corral.executor.http import Fetcher, parse_url
+from corral.executor.http import Fetcher, Names, parse_url
 from corral.executor.output import Result
 from corral.executor.service import Executor
 from corral.protocol.errors import ToolExecFailed
@@ -324,3 +328,47 @@ async def test_a_connection_that_fails_is_told_without_addresses(tmp_path: Path)
     with pytest.raises(ToolExecFailed) as caught:
         await fetch(fetcher, "http://127.0.0.1:1/", tmp_path)
     assert caught.value.message == "the request failed: no connection to the server"
+
+
+async def test_names_that_nobody_answers_for_keep_no_other_from_being_looked_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The models' clients look names up by the loop, which has few threads for that."""
+    answered, asked = threading.Event(), threading.Semaphore(0)
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *rest: Any, **more: Any) -> Any:
+        if host == "silent.example":
+            asked.release()
+            answered.wait()
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return real(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=2)
+    loop.set_default_executor(pool)
+    fetcher = Fetcher(resolve=Names(at_once=3))
+
+    async def ask() -> str:
+        with pytest.raises(ToolExecFailed) as refused:
+            await fetch(fetcher, "http://silent.example/", tmp_path)
+        return str(refused.value)
+
+    try:
+        calls = [asyncio.create_task(ask()) for _ in range(4)]
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                await asyncio.get_running_loop().run_in_executor(None, asked.acquire)
+            assert await loop.getaddrinfo("127.0.0.1", 80)
+            # Who gives up leaves a thread at work, in whose place no other comes.
+            given_up = calls.pop(0)
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert sum(thread.name == "corral-name" for thread in threading.enumerate()) == 3
+            answered.set()
+            assert await asyncio.gather(*calls) == ["$.url: the name silent.example cannot be resolved"] * 3
+    finally:
+        answered.set()
+        pool.shutdown()

@@ -11,8 +11,10 @@ import asyncio
 import codecs
 import logging
 import socket
+import threading
 import zlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from ipaddress import ip_address
 
 import aiohttp
@@ -101,7 +103,7 @@ class Fetcher:
         self, *, allowed_private: frozenset[tuple[str, int]] = frozenset(), resolve: Resolve | None = None
     ) -> None:
         self._allowed_private = frozenset((host.lower(), port) for host, port in allowed_private)
-        self._resolve = resolve or _system_resolve
+        self._resolve = resolve or Names()
 
     async def request(self, args: HttpRequest, context: CallContext) -> Result:  # noqa: ARG002 - no folder needed
         """Carry out one call. Raises ToolExecFailed, also after `TOTAL_S`; the driver holds it to the call's time."""
@@ -210,9 +212,45 @@ class _Pinned(AbstractResolver):
         """Holds nothing."""
 
 
-async def _system_resolve(host: str, port: int) -> list[str]:
-    infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(info[4][0]) for info in infos))
+class Names:
+    """Looks names up by the system, each in a thread of its own, so many at once.
+
+    The loop's own look-ups have a few threads in all (libuv's), which the clients of models need: names whose servers
+    keep silent, each for half a minute, would keep every run from its model. Daemons, for which no exit waits.
+    """
+
+    def __init__(self, at_once: int = 8) -> None:
+        self._free = asyncio.Semaphore(at_once)
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """The addresses. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        await self._free.acquire()
+        found: asyncio.Future[list[str]] = loop.create_future()
+
+        def answer(addresses: list[str], error: Exception | None) -> None:
+            # Not before: who has given up waiting has a thread at work all the same.
+            self._free.release()
+            if found.done():
+                return
+            if error is not None:
+                found.set_exception(error)
+            else:
+                found.set_result(addresses)
+
+        def look() -> None:
+            addresses, problem = [], None
+            try:
+                infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+            except Exception as error:  # whatever it is, it is the caller's
+                problem = error
+            # If the loop is closed, nobody waits any more.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(answer, addresses, problem)
+
+        threading.Thread(target=look, name="corral-name", daemon=True).start()
+        return await found
 
 
 def _checked(headers: dict[str, str]) -> dict[str, str]:
