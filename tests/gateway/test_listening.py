@@ -27,7 +27,7 @@ async def test_every_connection_of_the_gateway_is_of_its_own_class() -> None:
     def refusal(_request: web.BaseRequest, _refused: Refused) -> web.Response:
         return web.Response(status=400)
 
-    runner = Runner(web.Application(), refusal, Strangers(idle=10, limit=10))
+    runner = Runner(web.Application(), refusal, Strangers(idle=10, kept=75, limit=10))
     await runner.setup()
     try:
         assert runner.server is not None

@@ -61,6 +61,32 @@ async def test_who_never_finishes_a_request_is_cut_off_at_the_deadline(tmp_path:
         assert len(strangers(home)) == 0
 
 
+async def test_who_was_answered_may_ask_again_later_than_the_deadline_of_a_first_request(tmp_path: Path) -> None:
+    ask, options = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", GatewayOptions(connect_timeout=0.5)
+    async with house(tmp_path, options=options) as home:
+        with await opened(home) as probe:
+            loop = asyncio.get_running_loop()
+            for _ in range(2):
+                probe.sendall(ask)
+                assert (await loop.sock_recv(probe, 15)) == b"HTTP/1.1 200 OK"
+                assert await loop.sock_recv(probe, 1000)  # the rest of it
+                # One that came after it is cut off: by then the probe's own first deadline is over too.
+                with await opened(home, wanted=2) as silent:
+                    while not await over(silent, 0.1):
+                        continue
+
+
+async def test_who_was_answered_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    async with house(tmp_path, options=GatewayOptions(connect_timeout=0.1, kept_alive=0.3)) as home:
+        with await opened(home) as probe:
+            probe.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(30):
+                while await loop.sock_recv(probe, 1000):
+                    continue
+        assert len(strangers(home)) == 0
+
+
 async def test_of_idle_strangers_the_oldest_goes_when_there_are_too_many_and_nobody_who_is_known(
     tmp_path: Path,
 ) -> None:

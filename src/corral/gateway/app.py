@@ -112,7 +112,7 @@ class Gateway:
             )
         )
         self._health = Health(store, clock, options, self._draining)
-        strangers = Strangers(options.connect_timeout, options.strangers)
+        strangers = Strangers(options.connect_timeout, options.kept_alive, options.strangers)
         self._runner = Runner(self._application(), self._door.refusal, strangers)
 
     def _new_metrics(self, core: Runs) -> GatewayMetrics:

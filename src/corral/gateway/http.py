@@ -22,6 +22,7 @@ from corral.gateway.metrics import GatewayMetrics
 from corral.gateway.options import GatewayOptions
 from corral.gateway.origin import OriginPolicy
 from corral.gateway.runs import RunMethods
+from corral.gateway.strangers import answered
 from corral.governance.caller import Caller
 from corral.ids import Ids
 from corral.protocol.errors import ErrorCode, Forbidden, InvalidRequest, NotFound
@@ -68,6 +69,7 @@ def finishing(metrics: GatewayMetrics) -> Callable[[web.Request, web.StreamRespo
             if origin is not None and response.status != 403:
                 headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
         metrics.answer(route_of(request), response.status)
+        answered(request)
 
     return finish
 

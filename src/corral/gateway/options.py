@@ -16,6 +16,8 @@ class GatewayOptions(Struct, kw_only=True, frozen=True):
     preauth_wait: float = 5.0
     # TCP connections on which no good token was shown; at most half of what the process may have open.
     strangers: int = 4096
+    # How long after an answer such a connection may wait for its next request.
+    kept_alive: float = 75.0
     failed_auth_burst: float = 200.0
     failed_auth_refill: float = 10.0
     tracked_addresses: int = 10_000

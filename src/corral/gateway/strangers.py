@@ -16,9 +16,10 @@ from aiohttp import web
 class Strangers:
     """The connections of strangers, oldest first. At most `limit`: for one too many the oldest idle one is cut off."""
 
-    def __init__(self, idle: float, limit: int) -> None:
-        """`idle` is how many seconds one may go without a request that is being answered."""
+    def __init__(self, idle: float, kept: float, limit: int) -> None:
+        """`idle` is how many seconds a request may take to come, `kept` how many after an answer the next one may."""
         self.idle = idle
+        self.kept = kept
         self._limit = min(limit, _descriptors() // 2)
         self._open: dict[Connection, None] = {}
 
@@ -39,12 +40,14 @@ class Strangers:
 class Connection(web.RequestHandler):
     """A connection, which is a stranger's until `admitted`."""
 
-    __slots__ = ("_strangers", "_timer")
+    __slots__ = ("_answered", "_strangers", "_timer", "_until")
 
     def __init__(self, server: web.Server, strangers: Strangers, options: dict[str, Any]) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self._strangers = strangers
         self._timer: asyncio.TimerHandle | None = None
+        self._answered = False
+        self._until = 0.0
 
     @property
     def answering(self) -> bool:
@@ -53,7 +56,8 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._watch()
+        self._watch(self._strangers.idle)
+        self._until = asyncio.get_running_loop().time() + self._strangers.idle
         self._strangers.add(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -67,18 +71,30 @@ class Connection(web.RequestHandler):
             self._timer.cancel()
             self._timer = None
 
+    def answered(self) -> None:
+        """A request has its answer: the next may take longer than the first one, as a probe's or a proxy's does."""
+        self._answered = True
+        self._until = asyncio.get_running_loop().time() + self._strangers.kept
+
     def cut(self) -> None:
         """End it, without a word."""
         self.admitted()
         if self.transport is not None:
-            self.transport.abort()
+            # In order where nothing is owed: who is about to send the next request learns it was not taken.
+            if self._answered:
+                self.transport.close()
+            else:
+                self.transport.abort()
 
-    def _watch(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._strangers.idle, self._look)
+    def _watch(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _look(self) -> None:
+        left = self._until - asyncio.get_running_loop().time()
         if self.answering:
-            self._watch()
+            self._watch(self._strangers.idle)
+        elif left > 0:
+            self._watch(left)
         else:
             self.cut()
 
@@ -88,6 +104,13 @@ def admitted(request: web.BaseRequest) -> None:
     connection = request.protocol
     if isinstance(connection, Connection):
         connection.admitted()
+
+
+def answered(request: web.BaseRequest) -> None:
+    """A request of the connection has been answered, whoever sent it."""
+    connection = request.protocol
+    if isinstance(connection, Connection):
+        connection.answered()
 
 
 def _descriptors() -> int:
