@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from corral.executor.catalogue import SPECS
 from corral.executor.facts import facts
 from tests.executor.make import Bench
 
@@ -91,3 +92,13 @@ def test_a_url_that_would_be_refused_has_no_facts(tmp_path: Path, url: str) -> N
 def test_an_argument_vector_is_a_fact_and_a_shell_text_is_none_yet(tmp_path: Path) -> None:
     assert facts("process.exec", {"argv": ["ls", "-l"]}, tmp_path).value == ["ls", "-l"]
     assert facts("bash.exec", {"command": "ls"}, tmp_path).kind == "none"
+
+
+@pytest.mark.parametrize("tool", [*(spec.name for spec in SPECS), "no.such_tool"])
+@pytest.mark.parametrize("value", [None, 5, True, "text", "\ud800", "a\0b", [], ["x", None], {"a": []}, 1e300])
+def test_arguments_that_no_check_lets_through_have_facts_or_none_and_raise_nothing(
+    tmp_path: Path, tool: str, value: Any
+) -> None:
+    for name in ("path", "url", "argv", "command", "pattern", "method"):
+        found = facts(tool, {name: value}, tmp_path)
+        assert found.kind == "none" or tool != "process.exec" or isinstance(value, list)

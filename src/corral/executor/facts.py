@@ -27,7 +27,9 @@ def facts(tool_name: str, args: dict[str, Any], root: Path) -> Facts:
     if tool_name == "http.request":
         return _url(str(args.get("url", "")))
     if tool_name == "process.exec":
-        return Facts(kind="argv", value=list(args.get("argv", [])))
+        # policy.explain is asked about calls that no check would let through.
+        argv = args.get("argv")
+        return Facts(kind="argv", value=list(argv)) if isinstance(argv, list) else Facts()
     return Facts()
 
 
