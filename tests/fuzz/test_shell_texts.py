@@ -51,5 +51,5 @@ def test_a_simple_text_is_one_that_bash_can_read(texts: list[str]) -> None:
     """Without running anything: `bash -n` finds no mistake in it."""
     simple = [text for text in texts if parse(text).simple]
     for text in simple:
-        done = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-n", "-c", "--", text], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, ""), text
