@@ -16,7 +16,7 @@ from typing import Any
 import click
 import msgspec
 
-from corral.cli import COMMANDS, load_command
+from corral.cli import COMMANDS, corral, load_command
 from corral.config import SETTINGS, AgentSettings, ModelSettings
 from corral.gateway.openapi import openapi
 from corral.protocol.schema import protocol_schema
@@ -186,14 +186,17 @@ def _setting_type(kind: Any) -> str:
 def _commands() -> str:
     os.environ["COLUMNS"] = "100"
     out = [GENERATED, "# The `corral` command\n"]
+    # Below the whole command, as when it is typed: what a command's own help option is called it takes from there, and
+    # click keeps that once it has been asked.
+    above = corral.make_context("corral", [], resilient_parsing=True)
     for name in COMMANDS:
-        out += _command(f"corral {name}", load_command(name), None, "##")
+        out += _command(f"corral {name}", load_command(name), above, "##")
     return "".join(out)
 
 
-def _command(title: str, command: click.Command, above: click.Context | None, level: str) -> list[str]:
+def _command(title: str, command: click.Command, above: click.Context, level: str) -> list[str]:
     """The help of a command and, each under a heading of its own, of those below it."""
-    name = title.rpartition(" ")[2] if above is not None else title
+    name = title.rpartition(" ")[2]
     context = click.Context(command, parent=above, info_name=name, terminal_width=100, max_content_width=100)
     out = [f"\n{level} {title}\n\n```text\n{command.get_help(context)}\n```\n"]
     if isinstance(command, click.Group):

@@ -67,6 +67,17 @@ class Terminal:
         except TimeoutError:
             raise AssertionError(f"it never ended:\n{self.shown}") from None
 
+    async def interrupted(self) -> int:
+        """Press Ctrl-C where a line is asked for; the exit code.
+
+        Again if need be: Python does not hear a signal that comes just before it waits for a line.
+        """
+        async with asyncio.timeout(TIMEOUT):
+            while not self._reader.done():
+                self.press(CTRL_C)
+                await asyncio.wait([self._reader], timeout=10)
+        return await self.ended()
+
     async def _read(self) -> None:
         while data := await asyncio.to_thread(_read, self._leader):
             self.raw += data.decode("utf-8", "replace")

@@ -126,10 +126,12 @@ def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tu
 
 def test_a_command_that_must_be_told_something_shows_how_in_an_example() -> None:
     lacking = []
+    # Below the whole command, as when they are typed: click keeps what they take from there.
+    above = the_command.make_context("corral", [], resilient_parsing=True)
     for name, command in _commands(the_command):
         needed = [each for each in command.params if each.required]
         choices = [each for each in needed if isinstance(each.type, click.Choice)]
-        shown = command.get_help(click.Context(command, info_name=f"corral {name}")).splitlines()[1:]
+        shown = command.get_help(click.Context(command, above, info_name=name)).splitlines()[1:]
         if needed and len(choices) < len(needed) and not any(f"corral {name} " in line for line in shown):
             lacking.append(name)
     assert lacking == []

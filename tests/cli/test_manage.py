@@ -14,7 +14,7 @@ from corral.cli import checks
 from corral.cli.columns import cells
 from corral.models.library import MISSING
 from tests.cli.command import call, on_a_terminal
-from tests.cli.terminal import CTRL_C, ENTER, at_a_terminal
+from tests.cli.terminal import ENTER, at_a_terminal
 from tests.support import needs
 from tests.support.gateway import Gateway
 from tests.support.model_server import CallTools, ModelServer, Say, conversation
@@ -118,8 +118,7 @@ async def test_who_answers_no_keeps_the_session(demo: Gateway) -> None:
         assert "nothing is deleted" in terminal.shown
     async with at_a_terminal("sessions", "delete", "one", data_dir=demo.data_dir) as terminal:
         await terminal.until("[y/N]:")
-        terminal.press(CTRL_C)
-        assert await terminal.ended() == 130
+        assert await terminal.interrupted() == 130
         assert terminal.shown.endswith("\r\n")
     assert "one" in (await call("sessions", "list", data_dir=demo.data_dir))[1]
 
