@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -135,6 +135,8 @@ def tampering(draw: st.DrawFn) -> str:
 
 @examples(50)
 @given(statement=tampering())
+@example(statement=f"UPDATE audit_log SET id = CAST(x'ff' AS TEXT) WHERE tenant_id = '{T}' AND id = 2")
+@example(statement=f"UPDATE audit_log SET id = CAST(x'ff' AS TEXT) WHERE tenant_id = '{T}' AND id = {COUNT}")
 def test_any_one_thing_done_to_the_table_is_found(
     tmp_path_factory: pytest.TempPathFactory, template: Path, statement: str
 ) -> None:

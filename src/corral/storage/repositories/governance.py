@@ -258,6 +258,7 @@ _SCAN = _AFTER.limit(bindparam("b_limit"))
 _SCAN_IDS = (
     select(_l.id).where(is_(_l.tenant_id), _l.id > bound("id", _l.id)).order_by(_l.id).limit(bindparam("b_limit"))
 )
+_SCAN_NUMBERS = _SCAN_IDS.where(_l.id <= 2**63 - 1)
 _GET_RECORD = select(*_AS_STORED).where(is_(_l.tenant_id), is_(_l.id))
 _NEXT_TENANT = select(func.min(_l.tenant_id)).where(_l.tenant_id > bound("tenant_id", _l.tenant_id))
 _COUNT = select(func.count()).select_from(t.audit_log).where(is_(_l.tenant_id))
@@ -405,9 +406,18 @@ class Audit(Repository):
             rows = self._connection.execute(_SCAN, {**values, "b_limit": limit}).all()
         except DBAPIError:
             # Text that is none (a page that is damaged, or bytes put in by hand): find out which.
-            ids = self._connection.execute(_SCAN_IDS, {**values, "b_limit": limit}).scalars()
-            return [self._stored(tenant_id, each) for each in ids]
+            return self._scan_one_by_one(tenant_id, {**values, "b_limit": limit}, limit)
         return [_as_stored(row) for row in rows]
+
+    def _scan_one_by_one(self, tenant_id: str, values: dict[str, Any], limit: int) -> list[StoredAudit]:
+        try:
+            ids = list(self._connection.execute(_SCAN_IDS, values).scalars())
+        except DBAPIError:
+            # The text stands in the place of an id. It comes after all that are numbers.
+            numbers = self._connection.execute(_SCAN_NUMBERS, values).scalars()
+            found = [self._stored(tenant_id, each) for each in numbers]
+            return found if len(found) == limit else [*found, StoredAudit(id=b"", fields=None)]
+        return [self._stored(tenant_id, each) for each in ids]
 
     def _stored(self, tenant_id: str, record_id: Any) -> StoredAudit:
         try:
