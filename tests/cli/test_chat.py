@@ -39,7 +39,7 @@ async def test_ctrl_c_aborts_the_run_and_keeps_the_chat(scripted: Gateway, model
     assert user_texts(model.requests[-1].json) == ["wait", "again"]
 
 
-async def test_a_second_ctrl_c_leaves_the_run_and_the_busy_session_says_what_can_be_done(
+async def test_a_second_ctrl_c_leaves_the_run_and_says_that_it_may_still_be_going_on(
     scripted: Gateway, model: ModelServer
 ) -> None:
     model.set_script([Hang()])
